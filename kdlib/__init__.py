@@ -1,0 +1,78 @@
+"""Knowledge distillation for language models.
+
+Everything public is reachable from here, imported when first used: ``import kdlib`` alone is instant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdlib.lazy import exports
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
+    from kdlib.eval import evaluate
+    from kdlib.objectives import (
+        TAID,
+        AdaptiveKL,
+        AlphaBeta,
+        BalancedKL,
+        CrossEntropy,
+        DecoupledTopK,
+        ForwardKL,
+        GeneralizedJSD,
+        PlackettLuce,
+        ReverseKL,
+        SkewKL,
+        SkewReverseKL,
+        Sum,
+        TotalVariation,
+    )
+    from kdlib.teachers import CachedTeacher, HFTeacher
+    from kdlib.trainers import DistillationConfig, DistillationTrainer
+    from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
+
+__all__ = [
+    "TAID",
+    "AdaptiveKL",
+    "AlphaBeta",
+    "BalancedKL",
+    "CachedTeacher",
+    "CrossEntropy",
+    "DecoupledTopK",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "HFTeacher",
+    "Head",
+    "LogProbs",
+    "Loss",
+    "PlackettLuce",
+    "Positions",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "StudentSignal",
+    "Sum",
+    "Support",
+    "TeacherSignal",
+    "TotalVariation",
+    "__version__",
+    "evaluate",
+]
+
+_ELSEWHERE = {
+    "kdlib.eval": ("evaluate",),
+    "kdlib.teachers": ("CachedTeacher", "HFTeacher"),
+    "kdlib.trainers": ("DistillationConfig", "DistillationTrainer"),
+    "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),
+}
+_HOME = dict.fromkeys(__all__, "kdlib.objectives") | {n: module for module, names in _ELSEWHERE.items() for n in names}
+
+__getattr__ = exports(__name__, _HOME)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

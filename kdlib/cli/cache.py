@@ -1,0 +1,147 @@
+"""``kdlib cache``: a teacher's signals on disk, so that training does without its weights and time."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from kdlib.cli.parsing import parse
+
+DESCRIPTION = """Writes a teacher's top-k (or sampled) log-probs at the scored positions of a dataset;
+then --teacher DIR trains on them.
+
+An interrupted writing continues with the same command."""
+
+
+@dataclass
+class CacheArguments:
+    """Which teacher speaks about which rows, and how much of it is kept.
+
+    Args:
+        teacher: the teacher, a path or Hub id.
+        dataset_name: rows, as for kdlib distill.
+        output_dir: the directory to write.
+        dataset_config: configuration name of a Hub dataset.
+        dataset_train_split: split of the rows.
+        k: how many log-probs per token are kept (or drawn).
+        kind: topk keeps the k likeliest and the mass outside; sampled draws k ids from the teacher.
+        bits: 16 or 8 bits per log-prob; the error of 8 bits is measured and written down.
+        temperature: the temperature the signals are captured at; the objective must use the same.
+        max_length: rows longer than this keep their first max_length tokens; use the same in training.
+        packing: prepare packed rows; a cache serves packed and unpacked training alike.
+        skip_bad_rows: drop rows that cannot be trained on instead of stopping.
+        chat_template_kwargs: passed to the chat template; use the same in training.
+        batch_size: rows at a time.
+        dtype: the teacher's weights, auto (as saved), float32 or bfloat16.
+        attn_implementation: sdpa, eager, flash_attention_2 or another of transformers.
+        device: cpu, cuda or cuda:N; chosen when left out.
+        load_in_8bit: load the teacher in 8 bits (needs bitsandbytes).
+        load_in_4bit: load the teacher in 4 bits (needs bitsandbytes).
+        trust_remote_code: run the code that a model on the Hub brings. Off unless you have read it.
+        seed: of the draws of kind sampled.
+    """
+
+    teacher: str
+    dataset_name: str
+    output_dir: str
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    k: int = 64
+    kind: Literal["topk", "sampled"] = "topk"
+    bits: Literal[16, 8] = 16
+    temperature: float = 1.0
+    max_length: int = 1024
+    packing: bool = False
+    skip_bad_rows: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    batch_size: int = 8
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    device: str | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+def run(words: list[str]) -> int:
+    options = parse("cache", DESCRIPTION, [CacheArguments], words)
+    if options is None:
+        return 0
+    a = options.build(CacheArguments)
+    _check_directory(Path(a.output_dir))
+    index = _write(a)
+    size = sum(shard.bytes for shard in index.shards)
+    tokens = sum(shard.tokens for shard in index.shards)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{a.output_dir}: {tokens:,} tokens, {size / max(1, tokens):.1f} bytes a token, k={a.k}, {a.kind}",
+        markup=False,
+    )
+    console.print(f"next    {_next_command(a)}", markup=False)
+    return 0
+
+
+def _next_command(a: CacheArguments) -> str:
+    """The training that reads this cache: the same rows, cut at the same length."""
+    same = {name: getattr(a, name) for name in ("dataset_name", "dataset_config", "dataset_train_split", "max_length")}
+    default = {field.name: field.default for field in fields(a)}
+    words = [word for name, value in same.items() if value != default[name] for word in (f"--{name}", str(value))]
+    if a.chat_template_kwargs:
+        words += ["--chat_template_kwargs", json.dumps(a.chat_template_kwargs)]
+    return shlex.join(["kdlib", "distill", "--teacher", a.output_dir, *words, "--model", "STUDENT", "--output_dir", "OUT"])
+
+
+def _check_directory(path: Path) -> None:
+    """ValueError when a cache would be written among other files."""
+    if path.is_dir() and any(path.iterdir()) and not (path / "cache.json").is_file():
+        raise ValueError(f"{path} is not empty and holds no cache: choose another --output_dir")
+
+
+def _write(a: CacheArguments) -> Any:
+    import torch
+
+    from kdlib.data import load_rows, prepare_dataset
+    from kdlib.teachers import HFTeacher
+    from kdlib.teachers.write_cache import write_cache
+
+    rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
+    device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    teacher = HFTeacher(
+        a.teacher,
+        dtype=a.dtype,
+        attn_implementation=a.attn_implementation,
+        load_in_8bit=a.load_in_8bit,
+        load_in_4bit=a.load_in_4bit,
+        trust_remote_code=a.trust_remote_code,
+    )
+    teacher.place(device)
+    assert teacher.tokenizer is not None
+    prepared = prepare_dataset(
+        rows,
+        teacher.tokenizer,
+        max_length=a.max_length,
+        packing=a.packing,
+        skip_bad_rows=a.skip_bad_rows,
+        chat_template_kwargs=a.chat_template_kwargs,
+    )
+    return write_cache(
+        teacher,
+        prepared.dataset,
+        directory=a.output_dir,
+        tokenizer=teacher.tokenizer,
+        teacher_name=a.teacher,
+        k=a.k,
+        kind=a.kind,
+        bits=a.bits,
+        temperature=a.temperature,
+        batch_size=a.batch_size,
+        chat_template_kwargs=a.chat_template_kwargs,
+        seed=a.seed,
+        device=device,
+    )

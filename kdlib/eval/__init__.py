@@ -1,0 +1,51 @@
+"""Scores and reports: lm-eval in process, bits per byte, divergence from a teacher, tables and HTML pages.
+
+Importing this package loads nothing heavy: each name is fetched from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdlib.lazy import exports
+
+if TYPE_CHECKING:
+    from kdlib.eval.bpb import BitsPerByte, bits_per_byte
+    from kdlib.eval.callback import EvaluateCallback
+    from kdlib.eval.comparison import comparison_report
+    from kdlib.eval.divergence import kl_to_teacher
+    from kdlib.eval.harness import evaluate
+    from kdlib.eval.page import Section
+    from kdlib.eval.report import write_report
+    from kdlib.eval.results import results_table, summary_rows, write_results
+
+_HOME = {
+    "BitsPerByte": "bpb",
+    "EvaluateCallback": "callback",
+    "Section": "page",
+    "bits_per_byte": "bpb",
+    "comparison_report": "comparison",
+    "evaluate": "harness",
+    "kl_to_teacher": "divergence",
+    "results_table": "results",
+    "summary_rows": "results",
+    "write_report": "report",
+    "write_results": "results",
+}
+
+__all__ = [
+    "BitsPerByte",
+    "EvaluateCallback",
+    "Section",
+    "bits_per_byte",
+    "comparison_report",
+    "evaluate",
+    "kl_to_teacher",
+    "results_table",
+    "summary_rows",
+    "write_report",
+    "write_results",
+]
+
+
+__getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

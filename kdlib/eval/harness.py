@@ -1,0 +1,109 @@
+"""lm-eval in process: ``evaluate`` a path, a Hub id, or a model that is being trained."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from kdlib.eval.modes import evaluating, own_randomness
+from kdlib.eval.quiet import quiet_lm_eval
+from kdlib.eval.results import write_results
+from kdlib.eval.tasks import find_tasks
+
+
+def evaluate(
+    model: Any,
+    tasks: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 8,
+    limit: int | float | None = None,
+    apply_chat_template: bool | str = False,
+    gen_kwargs: Mapping[str, Any] | str | None = None,
+    include_path: str | os.PathLike[str] | Sequence[str] | None = None,
+    log_samples: bool = False,
+    output_path: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    seed: int = 0,
+    model_args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Scores ``model`` with lm-eval's ``simple_evaluate``; returns lm-eval's results, plus ``model_name``.
+
+    ``model``: a path or Hub id (an adapter directory too), or a transformers or peft model with its
+    ``tokenizer``. A model object stays on its device and in its dtype; it is scored in eval mode, generates
+    with a KV cache, and is given back with its training flags and config as they were. Global random
+    generators are untouched either way. ``tasks``: names, globs, or YAML files; with ``include_path`` (a
+    directory of YAML tasks) no network is needed. ``model_args``: further arguments of lm-eval's HFLM. The
+    other options are lm-eval's own. ``output_path``: a .json file, or a directory that gets ``<tasks>.json``.
+
+    A model object is not spread over processes: call this on one rank (another local rank gets an empty
+    dictionary). Raises ValueError when lm-eval is missing, a task is unknown, a path does not load, a model
+    object comes without a tokenizer, or with ``device``, ``dtype`` or ``model_args``, which belong to
+    loading.
+    """
+    require_lm_eval()
+    from lm_eval import simple_evaluate
+
+    by_path = isinstance(model, str | os.PathLike)
+    with quiet_lm_eval(), own_randomness(), nullcontext() if by_path else evaluating(model):
+        manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, include_path=include_path)
+        loading = {"device": device, "dtype": dtype, **(model_args or {})}
+        results = simple_evaluate(
+            model=(_loaded if by_path else _borrowed)(model, tokenizer, batch_size=batch_size, loading=loading),
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            gen_kwargs=dict(gen_kwargs) if isinstance(gen_kwargs, Mapping) else gen_kwargs,
+            log_samples=log_samples,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    if results is None:  # lm-eval's answer on every local rank but the first
+        return {}
+    named = {**results, "model_name": os.fspath(model) if by_path else model.name_or_path}
+    if output_path is not None:
+        write_results(named, output_path)
+    return named
+
+
+def require_lm_eval() -> None:
+    """Raises the one-line ValueError that tells how to install lm-eval when it is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError('scoring tasks needs lm-eval: pip install "kdlib[eval]"')
+
+
+def _loaded(model: str | os.PathLike[str], tokenizer: Any, *, batch_size: int | str, loading: Mapping[str, Any]) -> Any:
+    """The model of a path or Hub id as lm-eval's kind of model."""
+    from kdlib.eval.models import DistilledLM
+
+    device = loading["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {**loading, "device": device}
+    try:
+        return DistilledLM(os.fspath(model), tokenizer=tokenizer, batch_size=batch_size, **options)
+    except OSError as error:
+        raise ValueError(f"cannot load {os.fspath(model)!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _borrowed(model: Any, tokenizer: Any, *, batch_size: int | str, loading: Mapping[str, Any]) -> Any:
+    """A model object as lm-eval's kind of model."""
+    from kdlib.eval.models import DistilledLM
+
+    if loading != {"device": None, "dtype": "auto"}:
+        raise ValueError("device, dtype and model_args are for loading: a model object is scored as it is")
+    if tokenizer is None:
+        raise ValueError("a model object is scored with its tokenizer: give tokenizer=...")
+    # a copy, because lm-eval adds a padding token to a tokenizer without one
+    return DistilledLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)

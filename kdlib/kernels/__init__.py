@@ -1,0 +1,60 @@
+"""Linear layer + divergence in one call, without [N, V] logits.
+
+``linear_objective`` has several implementations of one contract; ``reference`` is plain autograd and the oracle of the others.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from kdlib.kernels.chunked import chunked
+from kdlib.kernels.reference import reference
+from kdlib.types import Loss, RowObjective, StudentSignal, TeacherSignal, feeds
+
+__all__ = ["linear_objective"]
+
+_IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
+
+
+def linear_objective(
+    student: StudentSignal,
+    teacher: TeacherSignal | None,
+    objective: RowObjective,
+    *,
+    impl: Literal["auto", "reference", "chunked"] = "auto",
+    metrics: bool = False,
+) -> Loss:
+    """sum_i w_i row_i(q_i, p_i) over the N rows of ``student.positions``, with gradients to hidden states and head.
+
+    ``Loss.sum`` is a scalar, or [J] when ``row`` gives [n, J]; ``Loss.count`` is N; ``metrics`` adds KL both ways, entropies
+    and top-1 agreement at temperature 1. Vocabularies padded to different sizes are both cut to the smaller before the softmax.
+    Raises ValueError when the teacher's support does not feed the objective or the row counts differ.
+    """
+    if impl != "auto" and impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}: choose auto, {' or '.join(_IMPLEMENTATIONS)}")
+    student, teacher = _matched(student, teacher, objective)
+    with torch.autocast(student.hidden.device.type, enabled=False):  # which would round logits and gradients to 16 bits
+        return _IMPLEMENTATIONS["chunked" if impl == "auto" else impl](student, teacher, objective, metrics)
+
+
+def _matched(
+    student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective
+) -> tuple[StudentSignal, TeacherSignal | None]:
+    """Both sides over the same rows and the same vocabulary, or a ValueError."""
+    if teacher is None:
+        if objective.accepts is not None:
+            raise ValueError(f"{type(objective).__name__} needs a teacher's signal")
+        return student, None
+    if not feeds(teacher.support, objective.accepts):
+        raise ValueError(f"{type(objective).__name__} accepts {objective.accepts}, the teacher gives {teacher.support}")
+    if len(teacher) != len(student.hidden):
+        raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(student.hidden)}")
+    if teacher.vocab_size is None or teacher.vocab_size == student.head.out_features:
+        return student, teacher
+    shared = min(teacher.vocab_size, student.head.out_features)
+    sliced = StudentSignal(
+        hidden=student.hidden, head=student.head.sliced(shared), positions=student.positions, features=student.features
+    )
+    return sliced, teacher.sliced(shared)

@@ -1,0 +1,95 @@
+"""transformers and peft models as kdlib uses them: loading, the backbone without its head, and the check that both fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib.head import Head
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype | None = "auto",
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model from a path or Hub id; ValueError with one line when there is none."""
+    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
+    optional = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    options |= {key: value for key, value in optional.items() if value is not None}
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable("model", name, error)) from error
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a path or Hub id, with a padding token (its eos when it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable("tokenizer", name, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _not_loadable(what: str, name: str, error: Exception) -> str:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).exists():
+        return f"no {what} at {name}: the directory does not exist"
+    return f"cannot load a {what} from {name!r}: {str(error).strip().splitlines()[0]}"
+
+
+def inner(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft one (whose layers carry the adapters), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(
+    model: nn.Module, batch: Mapping[str, Any], *, layers: tuple[int, ...] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Last hidden states [B, S, D] after the final norm, and the asked layers' {layer: [B, S, D]} (0 = embeddings)."""
+    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    output = inner(model).get_decoder()(**inputs, use_cache=False, output_hidden_states=bool(layers))
+    return output.last_hidden_state, {layer: output.hidden_states[layer] for layer in layers}
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, *, role: str) -> None:
+    """Raises ValueError unless head(backbone(x)) equals model(x).logits on four tokens.
+
+    A scale or cap of the logits that ``Head`` does not know would otherwise train on wrong numbers without a word.
+    """
+    base = inner(model)
+    device, training = next(base.parameters()).device, base.training
+    if device.type == "meta":
+        return
+    base.eval()
+    ids = torch.arange(4, device=device)[None]
+    hidden, _ = hidden_states(model, {"input_ids": ids})
+    ours, theirs = Head.of(base)(hidden[0]).float(), base(input_ids=ids, use_cache=False).logits[0].float()
+    base.train(training)
+    tolerance = 1e-3 if theirs.dtype == hidden.dtype == torch.float32 else 5e-2
+    if (ours - theirs).abs().max() > tolerance * theirs.abs().max().clamp(min=1.0):
+        raise ValueError(
+            f"the {role} ({type(base).__name__}) does more to its logits than kdlib.head.Head knows: please report the model"
+        )
+
+
+def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of (trainable) parameters; quantised ones count as they are stored."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,39 @@
+"""Distillation objectives; torch alone is imported. One file per family, each class its own configuration."""
+
+from kdlib.objectives.alpha_beta import AlphaBeta
+from kdlib.objectives.base import Divergence, Objective, RowObjective
+from kdlib.objectives.combine import Sum
+from kdlib.objectives.cross_entropy import CrossEntropy
+from kdlib.objectives.kl import (
+    AdaptiveKL,
+    BalancedKL,
+    ForwardKL,
+    GeneralizedJSD,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+)
+from kdlib.objectives.taid import TAID, Interpolated
+from kdlib.objectives.topk import DecoupledTopK, PlackettLuce
+from kdlib.objectives.total_variation import TotalVariation
+
+__all__ = [
+    "TAID",
+    "AdaptiveKL",
+    "AlphaBeta",
+    "BalancedKL",
+    "CrossEntropy",
+    "DecoupledTopK",
+    "Divergence",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "Interpolated",
+    "Objective",
+    "PlackettLuce",
+    "ReverseKL",
+    "RowObjective",
+    "SkewKL",
+    "SkewReverseKL",
+    "Sum",
+    "TotalVariation",
+]

@@ -1,0 +1,162 @@
+"""A teacher's truncated log-probs for a prepared dataset, written to disk once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kdlib.data.cache import Block, CacheIndex, CacheMeta, CacheWriter, Signals
+from kdlib.data.collate import DistillationCollator
+from kdlib.data.positions import causal_positions
+from kdlib.kernels.outcomes import top_k
+from kdlib.tokenizers.identity import Tool, template_fingerprint, tokenizer_fingerprint
+from kdlib.types import LogProbs, Support, Teacher, TeacherSignal
+
+_CHUNK_ELEMENTS = 2**25  # logits made at once: 128 MiB, and a few times that while they are ranked
+
+Row = dict[str, Any]
+Keep = Callable[[LogProbs, slice], LogProbs]  # what is kept of all log-probs of the positions of a slice
+
+
+def write_cache(
+    teacher: Teacher,
+    dataset: Dataset,
+    *,
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_name: str,
+    k: int = 64,
+    kind: str = "topk",
+    bits: int = 16,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    rows_per_shard: int = 1024,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> CacheIndex:
+    """Write the teacher's signals at all scored positions of the prepared ``dataset``, packed or not.
+
+    kind: ``topk`` keeps the k likeliest tokens and the log of the mass outside; ``sampled`` keeps k tokens
+    drawn with replacement from p at ``temperature`` by a generator keyed by (seed, sample_id).
+    bits: 16 or 8 per log-prob. device: where batches and their rows go; the teacher's own, for speed.
+    The same call again continues an interrupted writing. Raises ValueError when ``directory`` holds another
+    cache, when the teacher does not give whole distributions, or for values that make no cache.
+    """
+    if Support.FULL not in teacher.provides:
+        raise ValueError(f"a cache needs whole distributions, this teacher gives {teacher.provides}: use a model")
+    meta = CacheMeta(
+        kind=kind,
+        k=k,
+        vocab_size=len(tokenizer),
+        logp_bits=bits,
+        temperature=temperature,
+        teacher=teacher_name,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        template=template_fingerprint(tokenizer, chat_template_kwargs=chat_template_kwargs, tools=tools),
+        dataset=dataset_fingerprint(dataset),
+        dataset_size=len(dataset),
+        rows_per_shard=rows_per_shard,
+        seed=seed if kind == "sampled" else None,
+    )
+    writer = CacheWriter(directory, meta)
+    _write_missing(writer, teacher, dataset, batch_size=batch_size, device=device)
+    return writer.index
+
+
+def _write_missing(
+    writer: CacheWriter, teacher: Teacher, dataset: Dataset, *, batch_size: int, device: str | torch.device
+) -> None:
+    """Every shard that is not on disk yet, with a bar of rows that shows scored tokens per second."""
+    start, tokens = perf_counter(), 0
+    done = sum(shard.dataset_rows for shard in writer.index.shards)
+    with tqdm(total=len(dataset), initial=done, desc="Caching", unit="row") as bar:
+        for shard in writer.missing:
+            blocks = []
+            for rows in _batches(dataset.select(writer.rows(shard)).to_list(), batch_size=batch_size):
+                block = _block(teacher, rows, meta=writer.meta, device=device)
+                blocks.append(block)
+                tokens += len(block.signals)
+                bar.set_postfix_str(f"{tokens / (perf_counter() - start):,.0f} tokens/s", refresh=False)
+                bar.update(len(rows))
+            writer.write(shard, blocks)
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """xxhash128 of the sample ids in order; they name the content of their rows."""
+    digest, packed = xxhash.xxh3_128(), "seq_lengths" in dataset.column_names
+    for table in dataset.select_columns("sample_id").with_format("arrow").iter(batch_size=65536):
+        ids = table["sample_id"].to_numpy()
+        digest.update((np.concatenate(ids) if packed else ids).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _batches(rows: list[Row], *, batch_size: int) -> list[list[Row]]:
+    """The longest rows together: less padding, and where a row lies in its shard does not matter."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+@torch.no_grad()
+def _block(teacher: Teacher, rows: list[Row], *, meta: CacheMeta, device: str | torch.device) -> Block:
+    """What is kept of the teacher's signal for one batch of rows."""
+    collate = DistillationCollator(pad_token_id=0)  # any id will do, as nothing looks at padding
+    batch = {name: x.to(device) for name, x in collate(rows).items()}
+    positions, sample_id = causal_positions(batch), batch["sample_id"]
+    count = torch.bincount(positions.sequence, minlength=len(sample_id))
+    signal = teacher.signal(batch, positions).sliced(meta.vocab_size)
+    if meta.kind == "topk":
+        keep: Keep = partial(_keep_top, k=meta.k)
+    else:
+        assert meta.seed is not None
+        uniform = _uniform(sample_id.tolist(), count.tolist(), draws=meta.k, seed=meta.seed)
+        keep = partial(_keep_drawn, uniform=uniform.to(positions.index.device))
+    signals = _kept(signal, keep, meta=meta)
+    return Block(sample_id=sample_id.cpu().numpy(), count=count.cpu().numpy(), signals=signals)
+
+
+def _kept(signal: TeacherSignal, keep: Keep, *, meta: CacheMeta) -> Signals:
+    """``keep`` over chunks of rows, so that [N, V] never exists."""
+    rows = max(1, _CHUNK_ELEMENTS // meta.vocab_size)
+    chunks = [slice(start, min(start + rows, len(signal))) for start in range(0, len(signal), rows)]
+    return Signals.joined([_on_host(keep(signal.at(chunk, meta.temperature), chunk)) for chunk in chunks])
+
+
+def _on_host(p: LogProbs) -> Signals:
+    assert p.ids is not None
+    rest = p.rest.cpu().numpy() if p.support is Support.TOPK else None
+    return Signals(ids=p.ids.int().cpu().numpy(), logp=p.logp.cpu().numpy(), rest=rest)
+
+
+def _keep_top(p: LogProbs, chunk: slice, *, k: int) -> LogProbs:
+    return top_k(p, k)
+
+
+def _keep_drawn(p: LogProbs, chunk: slice, *, uniform: Tensor) -> LogProbs:
+    """Ids drawn by inverting the cumulative distribution at ``uniform`` [N, draws]: the same in any batch."""
+    cumulative = p.logp.double().exp().cumsum(-1)
+    wanted = uniform[chunk] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, wanted, right=True).clamp(max=p.logp.shape[-1] - 1)
+    return LogProbs(logp=p.logp.gather(-1, ids), ids=ids, rest=p.rest, support=Support.SAMPLED_TEACHER)
+
+
+def _uniform(sample_ids: list[int], counts: list[int], *, draws: int, seed: int) -> Tensor:
+    """Uniform numbers [sum of counts, draws]; a sequence's depend on (seed, sample_id) alone."""
+    drawn = []
+    for sample_id, count in zip(sample_ids, counts, strict=True):
+        key = xxhash.xxh64_intdigest(np.array([seed, sample_id], "<i8").tobytes()) & (2**63 - 1)
+        generator = torch.Generator().manual_seed(key)
+        drawn.append(torch.rand(count, draws, generator=generator, dtype=torch.float64))
+    return torch.cat(drawn)

@@ -1,0 +1,21 @@
+"""Trainers: the base DistillationTrainer and, one file each, its subclasses.
+
+Importing this package loads nothing heavy: each name is fetched from its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdlib.lazy import exports
+
+if TYPE_CHECKING:
+    from kdlib.trainers.config import DistillationConfig
+    from kdlib.trainers.distillation import DistillationTrainer
+
+_HOME = {"DistillationConfig": "config", "DistillationTrainer": "distillation"}
+
+__all__ = ["DistillationConfig", "DistillationTrainer"]
+
+
+__getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

@@ -1,0 +1,124 @@
+"""The options of a distillation run beyond those of transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """TrainingArguments with defaults for distillation, and how rows, student and teacher are prepared.
+
+    Args:
+        learning_rate: peak learning rate; 2e-5 suits full fine-tuning of pretrained students, LoRA wants about 10x more.
+        lr_scheduler_type: cosine, which needs no further setting.
+        logging_steps: every how many optimizer steps to log; KL, entropies and agreement are measured on these steps only.
+        logging_first_step: log step 1 as well, so that short runs have metrics too.
+        save_strategy: when to write checkpoints; the same command resumes from the last one.
+        save_total_limit: how many checkpoints to keep.
+        bf16: compute in bfloat16 with float32 master weights; null means on GPUs that have it.
+        gradient_checkpointing_kwargs: options of gradient checkpointing.
+        logging_nan_inf_filter: off, so that a loss that is not finite is seen (and stops the run).
+        use_cache: what the saved configuration says about generating; training never keeps a cache.
+        report_to: trackers such as wandb or tensorboard; metrics.jsonl and report.html are always written.
+        max_length: rows longer than this keep their first max_length tokens.
+        packing: put several rows into one of max_length tokens, without attention between them.
+        skip_bad_rows: drop rows that cannot be trained on (no assistant turn, a prompt that fills max_length), counted.
+        chat_template_kwargs: passed to the chat template in training, cache keys and evaluation.
+        dataset_num_proc: processes that tokenise the dataset.
+        dtype: the student's weights: float32, bfloat16 or auto; null means float32, and auto with an adapter.
+        attn_implementation: sdpa, eager, flash_attention_2 or another of transformers.
+        from_scratch: make the student from its configuration with new weights instead of loading them.
+        config_overrides: with from_scratch, entries of that configuration to change, for example {hidden_size: 128}.
+        model_revision: branch, tag or commit of the student on the Hub.
+        trust_remote_code: run the code that a model on the Hub brings. Off unless you have read it.
+        teacher_dtype: the teacher's weights: auto (as saved), float32 or bfloat16.
+        teacher_attn_implementation: like attn_implementation, for the teacher.
+        teacher_device_map: device map of the teacher, for one that needs several GPUs of a process.
+        teacher_revision: branch, tag or commit of the teacher on the Hub.
+        teacher_load_in_8bit: load the teacher in 8 bits (needs bitsandbytes).
+        teacher_load_in_4bit: load the teacher in 4 bits (needs bitsandbytes).
+        disable_dropout: set all dropout of the student to 0.
+        merge_adapter: write final/ with the adapter merged into the weights; false keeps it an adapter.
+    """
+
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 10
+    logging_first_step: bool = True
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    bf16: bool | None = None
+    gradient_checkpointing_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"use_reentrant": False})
+    logging_nan_inf_filter: bool = False
+    use_cache: bool = True  # transformers' False would be published with the student
+    report_to: str | list[str] | None = "none"
+
+    max_length: int = 1024
+    packing: bool = False
+    skip_bad_rows: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    dataset_num_proc: int | None = None
+
+    from_scratch: bool = False
+    config_overrides: dict[str, Any] | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    model_revision: str | None = None
+    trust_remote_code: bool = False
+    teacher_dtype: str = "auto"
+    teacher_attn_implementation: str | None = None
+    teacher_device_map: str | dict[str, Any] | None = None
+    teacher_revision: str | None = None
+    teacher_load_in_8bit: bool = False
+    teacher_load_in_4bit: bool = False
+    disable_dropout: bool = False
+    merge_adapter: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.remove_unused_columns = False  # the collator's columns are not the model's
+        super().__post_init__()
+        self._refuse()
+
+    def _refuse(self) -> None:
+        if self.config_overrides and not self.from_scratch:
+            raise ValueError("config_overrides change the shape of a new student: add from_scratch true")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2, not {self.max_length}: position 0 predicts the first scored token"
+            )
+        if self.torch_compile:
+            raise ValueError("torch_compile is not supported here: the loss runs inside the wrapper's forward; leave it out")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no effect on distillation losses: leave it out")
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel would replace the loss: kdlib has its own chunked kernel; leave it out")
+
+    @property
+    def teacher_options(self) -> dict[str, Any]:
+        """How HFTeacher loads a path."""
+        return {
+            "dtype": self.teacher_dtype,
+            "attn_implementation": self.teacher_attn_implementation,
+            "device_map": self.teacher_device_map,
+            "revision": self.teacher_revision,
+            "trust_remote_code": self.trust_remote_code,
+            "load_in_8bit": self.teacher_load_in_8bit,
+            "load_in_4bit": self.teacher_load_in_4bit,
+        }
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The autocast type, None for full precision."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None

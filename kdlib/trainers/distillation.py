@@ -1,0 +1,326 @@
+"""The trainer that every method of kdlib subclasses: named terms, counted globally, computed inside the wrapper's forward."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+
+from kdlib.data.collate import DistillationCollator
+from kdlib.data.positions import causal_positions
+from kdlib.files import write_whole
+from kdlib.head import Head
+from kdlib.kernels import linear_objective
+from kdlib.models import check_head, hidden_states
+from kdlib.objectives import ForwardKL, Objective, RowObjective
+from kdlib.teachers import resolve_teacher
+from kdlib.trainers import setup
+from kdlib.trainers.callbacks import STATE_FILE, MetricsWriter, Progress, StepHooks, StopOnSignal, last_checkpoint
+from kdlib.trainers.config import DistillationConfig
+from kdlib.trainers.final import save_final
+from kdlib.trainers.meters import Stopwatch, Sums
+from kdlib.trainers.redirect import inside_forward
+from kdlib.types import Loss, Positions, StudentSignal, Teacher, TeacherSignal
+
+Batch = dict[str, Any]
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on a teacher's distributions: loss = sum over terms of weight * sum_k / N_k, N_k that of the whole step.
+
+    model: the student, a path, Hub id or loaded causal language model.
+    teacher: a path, Hub id, loaded model, directory made by ``kdlib cache``, or a Teacher; None for objectives without one.
+    objective: the loss, ForwardKL by default. args: DistillationConfig.
+    train_dataset, eval_dataset: rows (``text``, ``prompt`` + ``completion``, ``messages`` or token ids) as a Dataset, a list
+    or a path; prepared datasets pass through. processing_class: the tokenizer, by default the student's.
+    quantization_config, peft_config: QLoRA and LoRA of the student.
+
+    Subclasses override ``positions`` and ``terms``, and ``prepare`` for a step's randomness and global choices.
+    Raises ValueError when teacher, objective, tokenizers or data do not fit, before anything is written.
+    """
+
+    loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: str | nn.Module | Teacher | None = None,
+        *,
+        objective: Objective | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Dataset | list[dict[str, Any]] | str | None = None,
+        eval_dataset: Dataset | list[dict[str, Any]] | str | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = args or DistillationConfig(output_dir=setup.default_output_dir(model))
+        set_seed(args.seed)
+        tokenizer = processing_class or setup.student_tokenizer(model, args)
+        self.objective = setup.checked_objective(objective or ForwardKL())
+        self.teacher = resolve_teacher(teacher, args.teacher_options)
+        setup.check_pair(self.teacher, self.objective)
+        self.vocab_size = setup.match_tokenizers(self.teacher, tokenizer, args)
+        self.train_rows = setup.prepared(train_dataset, tokenizer, args, packing=args.packing)
+        self.eval_rows = setup.prepared(eval_dataset, tokenizer, args, packing=False)
+        for rows in (self.train_rows, self.eval_rows):
+            setup.check_labels(rows, self.vocab_size)
+        setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
+        student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
+        check_head(student, role="student")
+        self.published_dtype = setup.published_dtype(model, args)
+        attention: str | None = student.config._attn_implementation  # type: ignore[union-attr, assignment]
+        flat = args.packing and "flash" in (attention or "")
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator or DistillationCollator(tokenizer.pad_token_id, flatten=flat),
+            train_dataset=None if self.train_rows is None else self.train_rows.dataset,
+            eval_dataset=None if self.eval_rows is None else self.eval_rows.dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        setup.check_parallelism(self.args, self.accelerator)
+        setup.place(self.teacher, self.accelerator.device)
+        self.objective_state: dict[str, float] = {}
+        self.scored_tokens, self.seen_tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self._resumed_state: dict[str, Any] | None = None
+        self._watching, self._window, self._evaluated, self._watch = False, Sums(), Sums(), Stopwatch()
+        self._step_loss, self._window_start = torch.zeros(()), (0.0, 0.0)
+        self.signals_received = StopOnSignal()
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        for callback in (StepHooks(self), MetricsWriter(), self.signals_received, *([] if args.disable_tqdm else [Progress()])):
+            self.add_callback(callback)
+
+    # What a method defines
+
+    def positions(self, batch: Batch) -> dict[str, Positions]:
+        """The scored positions of each term; the shift by one happens here and nowhere else."""
+        return {"distill": causal_positions(batch)}
+
+    def terms(self, model: nn.Module, batch: Batch, signals: Mapping[str, TeacherSignal | None]) -> dict[str, Loss]:
+        """The terms' sums over this micro-batch, inside the wrapper's forward; ``batch["positions"]`` holds the positions."""
+        positions, layers = batch["positions"]["distill"], self.objective.layers
+        with self.accelerator.autocast():
+            hidden, features = hidden_states(model, batch, layers=layers)
+        head = Head.of(model, vocab_size=self.vocab_size, dtype=self.args.compute_dtype)
+        rows = hidden.flatten(0, 1).index_select(0, positions.index)
+        student = StudentSignal(hidden=rows, head=head, positions=positions, features=features)
+        return {"distill": self.loss_of(student, signals["distill"])}
+
+    def term_weight(self, term: str) -> float:
+        """The weight of a term's mean in the step's loss."""
+        return 1.0
+
+    def prepare(self, batches: list[Batch]) -> list[Batch]:
+        """Once per optimizer step, all its micro-batches, before rows are counted: rollouts, masks, selection."""
+        return batches
+
+    def loss_of(self, student: StudentSignal, teacher: TeacherSignal | None) -> Loss:
+        """The objective as it stands in this step, with metrics on the steps that are logged."""
+        objective = self.objective.bind(self.objective_state)
+        if isinstance(objective, RowObjective):
+            return linear_objective(student, teacher, objective, metrics=self._watching)
+        return objective(student, teacher)
+
+    def signals(self, batch: Batch) -> dict[str, TeacherSignal | None]:
+        """The teacher's signal for every term."""
+        if self.teacher is None or self.objective.accepts is None:
+            return dict.fromkeys(batch["positions"])
+        with self._watch.part("teacher"), self.accelerator.autocast():
+            return {
+                name: self.teacher.signal(batch, where, self.objective.layers) for name, where in batch["positions"].items()
+            }
+
+    # The step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, Tensor]]:
+        """The step's micro-batches with their positions, and the rows of each term over all of them and all ranks."""
+        self._watching = self._logs_next_step()
+        self._watch.restart(exact=self._watching)
+        with self._watch.part("data"):
+            size = self.args.train_batch_size
+            batches = [self._unrepeated(batch, size=size) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            batches = [{**batch, "positions": self.positions(batch)} for batch in self.prepare(batches)]
+            counts = self._global_counts(batches, device)
+        self._step_start = self._watch.now()
+        return batches, counts
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss, times the number of ranks because DDP and FSDP average over them."""
+        assert not return_outputs, "logits of the whole batch are never built: evaluate with kdlib.eval"
+        shares = [
+            self.term_weight(name) * loss.sum / num_items_in_batch[name].clamp(min=1)
+            for name, loss in self._losses(model, inputs).items()
+        ]
+        total = torch.stack(shares).sum()
+        self._step_loss = self._step_loss.to(total.device) + total.detach()
+        return total * self.accelerator.num_processes
+
+    def _losses(self, model: nn.Module, batch: Batch) -> dict[str, Loss]:
+        found: dict[str, Loss] = {}
+        signals = self.signals(batch)
+        unwrapped = self.accelerator.unwrap_model(model)
+
+        def forward(batch: Batch) -> dict[str, Tensor]:
+            found.update(self.terms(unwrapped, batch, signals))
+            return {name: loss.sum for name, loss in found.items()}
+
+        sums = inside_forward(model, unwrapped, forward, batch)
+        for loss in found.values():
+            self._window.add(loss.metrics)
+        return {name: Loss(sum=sums[name], count=loss.count, metrics=loss.metrics) for name, loss in found.items()}
+
+    def _global_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
+        names = batches[0]["positions"] if batches else ()
+        local = {name: sum(len(batch["positions"][name]) for batch in batches) for name in names}
+        tokens = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batches)
+        rows = torch.tensor([*local.values(), self.signals_received.received is not None], dtype=torch.float64, device=device)
+        *rows, signals, tokens = self.accelerator.reduce(torch.cat([rows, rows.new_zeros(1) + tokens]), reduction="sum")
+        self.scored_tokens = self.scored_tokens.to(device) + torch.stack(rows).sum()
+        self.seen_tokens = self.seen_tokens.to(device) + tokens
+        if self.accelerator.num_processes > 1:
+            self.signals_received.agreed = bool(signals)  # seen by all ranks before the same step
+        return dict(zip(local, torch.stack(rows).float(), strict=True))
+
+    def after_step(self) -> None:
+        """The objective's state moves with the global loss, once per optimizer step."""
+        self._watch.add("update", self._watch.now() - self._step_start - self._watch.seconds().get("time/teacher", 0.0))
+        if self.objective_state:
+            loss = self.accelerator.reduce(self._step_loss, reduction="sum").item()
+            self.objective_state = self.objective.update(self.objective_state, loss, self.state.global_step)
+        self._step_loss = torch.zeros((), device=self._step_loss.device)
+
+    # Logging
+
+    def _logs_next_step(self) -> bool:
+        if self.args.logging_strategy != "steps":
+            return self.args.logging_strategy != "no"
+        step = self.state.global_step + 1
+        return step % max(1, self.state.logging_steps) == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what a distiller wants to the Trainer's log lines; ValueError when the loss is not finite."""
+        if "loss" in logs and "grad_norm" in logs:
+            logs |= self._window.means(self.accelerator) | self._watch.seconds() | self._throughput()
+            logs |= {f"objective/{key}": value for key, value in self.objective_state.items() if key.split(".")[-1] == "t"}
+            if not math.isfinite(logs["loss"]):
+                raise ValueError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or look at the rows"
+                    " (--preview 3); a reverse divergence is infinite where the teacher gives a token no mass"
+                )
+        super().log(logs, start_time)
+
+    def _throughput(self) -> dict[str, float]:
+        now, seen = self._watch.now(), float(self.seen_tokens)
+        start, before = self._window_start
+        self._window_start = (now, seen)
+        return {"scored_tokens": float(self.scored_tokens), "tokens_per_second": (seen - before) / (now - start)}
+
+    # Evaluation: sums and counts over the whole set, so that the batch size does not matter
+
+    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """``eval_loss`` and the metrics as means over all scored rows, not over batches."""
+        self._evaluated, self._watching, window = Sums(), True, self._window
+        self._window = self._evaluated
+        try:
+            with torch.random.fork_rng(devices=[]):  # the data loader draws a seed, which would shift the run's dropout
+                output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
+        finally:
+            self._window, self._watching = window, False
+        means = self._evaluated.means(self.accelerator)
+        terms = {name.removeprefix("loss/"): means.pop(name) for name in list(means) if name.startswith("loss/")}
+        means["loss"] = sum(self.term_weight(name) * value for name, value in terms.items())
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Adds the batch's sums; nothing is returned, because the Trainer would average per-batch means."""
+        inputs = self._unrepeated(self._prepare_inputs(inputs), size=self.args.eval_batch_size)
+        batch = {**inputs, "positions": self.positions(inputs)}
+        with torch.no_grad():
+            losses = self._losses(model, batch)
+        self._evaluated.add({f"loss/{name}": (loss.sum, loss.count) for name, loss in losses.items()})
+        return None, None, None
+
+    def _unrepeated(self, inputs: Batch, *, size: int) -> Batch:
+        """Rows that accelerate repeats to give every rank a full last batch of ``size`` rows are not scored a second time."""
+        loader, ranks = self.accelerator.gradient_state.active_dataloader, self.accelerator.num_processes
+        if ranks == 1 or self.args.dataloader_drop_last or not loader.end_of_dataloader:
+            return inputs
+        # not loader.remainder, which a resumed epoch does not know
+        remainder = loader.total_dataset_length % (size * ranks)
+        if remainder == 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        labels[max(0, remainder - self.accelerator.process_index * size) :] = -100
+        return {**inputs, "labels": labels}
+
+    # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As Trainer.train; True resumes from the newest complete checkpoint, ValueError when there is none."""
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: start without resuming")
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._resumed_state = json.loads((checkpoint / STATE_FILE).read_text())
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
+        finally:
+            self.signals_received.restore()
+
+    def begin(self) -> None:
+        """State of the objective and counters, fresh or from the checkpoint."""
+        saved, self._resumed_state = self._resumed_state, None
+        self.objective_state = saved["objective"] if saved else self.objective.init_state(self.state.max_steps)
+        for name in ("scored_tokens", "seen_tokens"):
+            setattr(self, name, torch.tensor(saved[name] if saved else 0.0, dtype=torch.float64))
+        self._window_start = (self._watch.now(), float(self.seen_tokens))
+
+    def save_final(self, directory: str | Path) -> Path:
+        """A directory that transformers, vLLM and lm-eval load as it is; every rank calls this, rank 0 writes."""
+        return save_final(self, Path(directory))
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training rows."""
+        batches = len(self.get_train_dataloader())
+        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """kdlib_state.json is written last: a checkpoint without it was cut off in its writing, and is not resumed from."""
+        path = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / STATE_FILE
+        if self.args.should_save:
+            path.unlink(missing_ok=True)  # when a step is saved twice, at a signal and at the end of its epoch
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state = {
+                "objective": self.objective_state,
+                "scored_tokens": float(self.scored_tokens),
+                "seen_tokens": float(self.seen_tokens),
+            }
+            write_whole(path, json.dumps(state))

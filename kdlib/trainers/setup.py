@@ -1,0 +1,214 @@
+"""From what users give to what the trainer needs, with one clear line for what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from kdlib.data import Prepared, load_rows, prepare_dataset
+from kdlib.models import load_model, load_tokenizer
+from kdlib.objectives import Objective, RowObjective, Sum
+from kdlib.teachers import CachedTeacher, HFTeacher
+from kdlib.tokenizers import explain_difference, same_tokenizer
+from kdlib.trainers.config import DistillationConfig
+from kdlib.types import Teacher, feeds
+
+
+def default_output_dir(model: str | nn.Module) -> str:
+    """NAME-distillation in the working directory."""
+    name = model if isinstance(model, str) else str(model.config.name_or_path or "student")  # type: ignore[union-attr]
+    return f"{Path(name).name}-distillation"
+
+
+def student_tokenizer(model: str | nn.Module, args: DistillationConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the student."""
+    name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
+    if not name:
+        raise ValueError("the student was made in memory and has no tokenizer beside it: give processing_class")
+    return load_tokenizer(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+
+
+def student(
+    model: str | nn.Module, args: DistillationConfig, *, quantization_config: Any = None, peft_config: PeftConfig | None = None
+) -> nn.Module:
+    """The student, loaded or made from its configuration, quantised and with an adapter where asked for."""
+    made = _made(model, args, quantization_config, adapted=peft_config is not None)
+    if quantization_config is not None:
+        if peft_config is None:
+            raise ValueError("a quantised student cannot be trained whole: add an adapter (use_peft true)")
+        made = prepare_model_for_kbit_training(made, use_gradient_checkpointing=args.gradient_checkpointing)
+    if peft_config is not None:
+        made = _adapted(made, peft_config, args)
+    if args.disable_dropout:
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return made
+
+
+def _made(model: str | nn.Module, args: DistillationConfig, quantization_config: Any, *, adapted: bool) -> nn.Module:
+    if not isinstance(model, str):
+        if args.from_scratch:
+            raise ValueError("from_scratch makes a student from a path's configuration: it cannot be used with a loaded model")
+        return model
+    return _new(model, args) if args.from_scratch else _loaded(model, args, quantization_config, adapted=adapted)
+
+
+def published_dtype(model: str | nn.Module, args: DistillationConfig) -> torch.dtype:
+    """The dtype the student was published in, which final/ is written in; float32 for a new one."""
+    if not isinstance(model, str):
+        return next(model.parameters()).dtype
+    if args.from_scratch:
+        return torch.float32
+    config = AutoConfig.from_pretrained(model, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    return config.dtype or torch.float32
+
+
+def _loaded(name: str, args: DistillationConfig, quantization_config: Any, *, adapted: bool) -> nn.Module:
+    # whole models are trained on float32 master weights: bfloat16 ones lose small updates
+    dtype = args.dtype or ("auto" if adapted or quantization_config is not None else "float32")
+    return load_model(
+        name,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization_config,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _new(name: str, args: DistillationConfig) -> nn.Module:
+    config = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    unknown = [key for key in args.config_overrides or {} if key not in config.to_dict()]
+    if unknown:
+        raise ValueError(f"config_overrides: {', '.join(unknown)} not in the {config.model_type} configuration of {name}")
+    config.update(args.config_overrides or {})
+    torch.manual_seed(args.seed)
+    made = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=args.attn_implementation, trust_remote_code=args.trust_remote_code
+    )
+    made.config.name_or_path = ""
+    return made
+
+
+def _adapted(model: nn.Module, peft_config: PeftConfig, args: DistillationConfig) -> nn.Module:
+    if peft_config.is_prompt_learning:
+        raise ValueError("prompt-learning adapters prepend tokens that the loss cannot place: use LoRA")
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    adapted = get_peft_model(model, peft_config)
+    if not any(p.requires_grad for p in adapted.parameters()):
+        raise ValueError("the adapter trains nothing: no module matches lora_target_modules")
+    return adapted
+
+
+def checked_objective(objective: Objective) -> Objective:
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be a kdlib.objectives.Objective, not {type(objective).__name__}")
+    return objective
+
+
+def check_pair(teacher: Teacher | None, objective: Objective) -> None:
+    """ValueError naming both when the teacher cannot feed the objective."""
+    if teacher is None and objective.accepts is not None:
+        raise ValueError(f"{type(objective).__name__} needs a teacher: give one (--teacher), or train with CrossEntropy")
+    if teacher is not None and not feeds(teacher.provides, objective.accepts):
+        raise ValueError(
+            f"{type(teacher).__name__} provides {teacher.provides}, which cannot feed {type(objective).__name__}: "
+            f"it accepts {objective.accepts}; choose another objective, or a teacher that is run in training"
+        )
+    if isinstance(teacher, CachedTeacher):
+        for temperature in _temperatures(objective) - {teacher.temperature}:
+            raise ValueError(
+                f"{type(objective).__name__} has temperature {temperature}, the cache was captured at {teacher.temperature}: "
+                f"set objective.temperature to {teacher.temperature}, or run kdlib cache again with --temperature {temperature}"
+            )
+
+
+def _temperatures(objective: Objective) -> set[float]:
+    """The temperatures at which the parts of an objective ask the teacher."""
+    if isinstance(objective, Sum):
+        return {found for _, part in objective.parts for found in _temperatures(part)}
+    return {objective.temperature} if isinstance(objective, RowObjective) and objective.accepts is not None else set()
+
+
+def match_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> int:
+    """What both models' logits are cut to: the tokenizer's length. ValueError when the tokenizers differ."""
+    size = len(tokenizer)
+    if isinstance(teacher, CachedTeacher):
+        teacher.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+    if isinstance(teacher, HFTeacher):
+        if teacher.tokenizer is not None and not same_tokenizer(tokenizer, teacher.tokenizer):
+            raise ValueError(
+                "student and teacher have different tokenizers, so their logits mean different tokens: "
+                f"{explain_difference(tokenizer, teacher.tokenizer)}; "
+                "that takes CrossTokenizerTrainer, which is not in this version"
+            )
+        teacher.vocab_size = size
+    return size
+
+
+def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, *, packing: bool) -> Prepared | None:
+    """Token rows from a path, a list, a raw Dataset or an already prepared one."""
+    if rows is None or isinstance(rows, Prepared):
+        return rows
+    if isinstance(rows, str):
+        rows = load_rows(rows)
+    if isinstance(rows, list):
+        rows = Dataset.from_list(rows)
+    if {"input_ids", "labels", "sample_id"} <= set(rows.column_names):
+        return Prepared(dataset=rows, skipped=0, reasons={}, truncated=0)
+    return prepare_dataset(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+        packing=packing,
+        skip_bad_rows=args.skip_bad_rows,
+        num_proc=args.dataset_num_proc,
+    )
+
+
+def check_cached(teacher: Teacher | None, train: Prepared | None, held_out: Prepared | None) -> None:
+    """ValueError before training when a cached teacher does not know the rows."""
+    if isinstance(teacher, CachedTeacher):
+        for what, rows in (("training", train), ("evaluation", held_out)):
+            if rows is not None:
+                teacher.check_rows(rows.dataset, what=what)
+
+
+def check_labels(rows: Prepared | None, vocab_size: int) -> None:
+    """ValueError when a prepared row holds ids beyond the vocabulary, as rows of another tokenizer do."""
+    if rows is None:
+        return
+    for batch in rows.dataset.with_format("arrow").iter(batch_size=4096):
+        flat = batch["input_ids"].combine_chunks().flatten().to_numpy()
+        if len(flat) and (np.max(flat) >= vocab_size or np.min(flat) < 0):
+            raise ValueError(
+                f"the rows hold token id {int(np.max(flat))}, the tokenizer has {vocab_size}: "
+                "they were made with another tokenizer"
+            )
+
+
+def check_parallelism(args: DistillationConfig, accelerator: Accelerator) -> None:
+    """ValueError for ways of running that would train wrongly."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "several GPUs in one process (DataParallel) are not supported: start with accelerate launch or torchrun"
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError("DeepSpeed ZeRO-3 partitions the lm_head, which the loss needs whole: use ZeRO-2, or FSDP2")
+
+
+def place(teacher: Teacher | None, device: torch.device) -> None:
+    if isinstance(teacher, HFTeacher):
+        teacher.place(device)

@@ -1,0 +1,53 @@
+"""The benchmark scripts run: what they measure is for people to read, not for tests to judge."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("liger_kernel")
+LOSS = Path(__file__).parents[2] / "benchmarks" / "loss.py"
+
+
+def test_loss_compares_every_method_for_both_objectives(tmp_path: Path) -> None:
+    report = tmp_path / "loss.md"
+    command = [sys.executable, str(LOSS), "--quick", "--threads", "1", "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = report.read_text()
+    for text in (done.stdout, written):
+        assert "ForwardKL, V = 512" in text and "GeneralizedJSD(0.5), V = 512" in text
+        for method in ("floor", "kdlib chunked", "naive", "TRL", "Liger", "Liger, same chunk"):
+            lines = re.findall(rf"^[|│] {method} +[|│]", text, flags=re.MULTILINE)
+            assert len(lines) == 2, f"{method} is missing in:\n{text}"
+    assert "| method | seconds |" in written and "seed 0; torch " in written
+
+
+def test_cache_measures_sizes_and_rates() -> None:
+    command = [sys.executable, str(LOSS.with_name("cache.py")), "--tokens", "3000", "--k", "8", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "151936" in done.stdout
+
+
+def test_demo_tabulates_its_seeds(tmp_path: Path) -> None:
+    report = tmp_path / "demo.md"
+    script = str(LOSS.with_name("demo.py"))
+    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| seed | teacher | student, fine-tuned | student, distilled | seconds |" in report.read_text()
+
+
+@pytest.mark.skipif(not (LOSS.parents[2] / "shared" / "models" / "gsm8k-lm").is_dir(), reason="no ../shared beside the project")
+def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
+    report = tmp_path / "gsm8k.md"
+    script = str(LOSS.with_name("gsm8k.py"))
+    command = [sys.executable, script, "--quick", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| fine-tuning |" in report.read_text() and "| forward KL |" in report.read_text()

@@ -1,0 +1,36 @@
+"""docs/configuration.md lists every option of ours with the default it has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
+from kdlib.cli.help import docs, shown_default
+from kdlib.cli.names import LEFT_OUT, RENAMED
+from kdlib.cli.run_directory import COMMAND, FREE
+from kdlib.cli.scoring import ScoringArguments
+from kdlib.trainers.config import DistillationConfig
+
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| .+ \|$", PAGE, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("cls", [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig])
+def test_options_and_defaults_are_those_of_the_code(cls: type) -> None:
+    for name in docs(cls):
+        assert ROWS.get(name) == shown_default(cls, name), name
+
+
+def test_names_of_others_are_those_that_the_command_knows() -> None:
+    table = PAGE.partition("## Coming from TRL")[2]
+    named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")}
+    assert named and named <= RENAMED.keys() | LEFT_OUT.keys()
+
+
+def test_what_may_change_is_what_the_code_lets_change() -> None:
+    sentence = re.search(r"may change: (.*?)\.", PAGE, flags=re.DOTALL)
+    assert sentence is not None
+    assert set(re.findall(r"`(\w+)`", sentence[1])) == {*COMMAND, *FREE} - {"overwrite", "preview"}

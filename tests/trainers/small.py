@@ -1,0 +1,107 @@
+"""A tiny student and teacher, rows of unequal length, and the plain loss that trainers are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from kdlib.trainers import DistillationConfig, DistillationTrainer
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+TEXTS = [f"{'two plus ' * (1 + 5 * i % 7)}{i} is four, because the sky is blue." for i in range(24)]
+ROWS = [{"text": text} for text in TEXTS]
+V = len(tiny_tokenizer())
+
+PlainLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (teacher log-probs, student log-probs, labels) of rows -> [n]
+
+
+def saved(directory: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """A model with its tokenizer on disk, as users have them."""
+    model.save_pretrained(directory)  # type: ignore[operator]
+    (tokenizer or tiny_tokenizer()).save_pretrained(directory)
+    return str(directory)
+
+
+def settings(directory: Path, **options: Any) -> DistillationConfig:
+    """Four rows a step on CPU, every step logged, nothing saved unless ``options`` say otherwise."""
+    return DistillationConfig(
+        **{
+            "output_dir": str(directory),
+            "use_cpu": True,
+            "per_device_train_batch_size": 4,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **options,
+        }
+    )
+
+
+def trainer_of(directory: Path, *, rows: Any = ROWS, config: dict[str, Any] | None = None, **given: Any) -> DistillationTrainer:
+    """A trainer of a tiny student and teacher; ``given`` replaces its arguments, ``config`` its options."""
+    arguments = {
+        "model": tiny_llama(V),
+        "teacher": tiny_llama(V, seed=1),
+        "train_dataset": rows,
+        "processing_class": tiny_tokenizer(),
+        **given,
+    }
+    return DistillationTrainer(**arguments, args=settings(directory, **(config or {})))
+
+
+def logged(trainer: DistillationTrainer, key: str = "loss") -> list[float]:
+    """The values of one key over the log lines that have it."""
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+class Gradients(TrainerCallback):
+    """The gradients of every optimizer step, as the optimizer gets them: {parameter: gradient}."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        named = given["model"].named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def plain_loss(student: nn.Module, teacher: nn.Module | None, rows: Any, loss: PlainLoss) -> Tensor:
+    """The mean over all scored tokens, from whole logits of one unpadded row after another."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
+        scored = labels != -100
+        q = student(input_ids=ids).logits[0, :-1, :V][scored].log_softmax(-1)
+        with torch.no_grad():
+            p = q if teacher is None else teacher(input_ids=ids).logits[0, :-1, :V][scored].log_softmax(-1)
+        total, count = total + loss(p, q, labels[scored]).sum(), count + int(scored.sum())
+    return total / count
+
+
+def forward_kl(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def reverse_kl(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    return (q.exp() * (q - p)).sum(-1)
+
+
+def cross_entropy(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    return -q[torch.arange(len(labels)), labels]
+
+
+def half_and_half(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:
+    return 0.5 * forward_kl(p, q, labels) + 0.5 * cross_entropy(p, q, labels)
+
+
+def plain_gradients(student: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """d loss / d parameter for those that are trained."""
+    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
