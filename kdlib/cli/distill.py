@@ -88,10 +88,10 @@ class _Run:
         if checkpoint is not None:
             self.log.print(f"resuming from {checkpoint}", markup=False)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if trainer.signals_received.received is not None:
-            return self._stopped(trainer)
-        self._finish(trainer)
-        return 0
+        stopped = trainer.signals_received.received is not None
+        code = self._stopped(trainer) if stopped else self._finish(trainer)
+        trainer.accelerator.end_training()  # gloo's threads, left running, can abort a process that has done its work
+        return code
 
     def _prepared(self) -> tuple[DistillationTrainer, dict[str, Any]]:
         """The trainer and its plan; where something does not fit, output_dir stays as it was."""
@@ -149,7 +149,7 @@ class _Run:
             Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
         return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    def _finish(self, trainer: DistillationTrainer) -> None:
+    def _finish(self, trainer: DistillationTrainer) -> int:
         """Evaluation loss, final/ (whole or absent), scores of final/ itself, samples and the report."""
         from kdlib.cli.finish import finish
 
@@ -166,6 +166,7 @@ class _Run:
                 scoring=self._scoring_options(),
             )
             self._closing_lines()
+        return 0
 
     def _closing_lines(self) -> None:
         from kdlib.cli.finish import summary_table
