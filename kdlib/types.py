@@ -7,9 +7,9 @@ width, J sums. T is the temperature. The teacher is p, the student is q; log-pro
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from kdlib.head import Head
 
 __all__ = [
+    "Completion",
     "DenseView",
     "Head",
     "LogProbs",
@@ -24,6 +25,8 @@ __all__ = [
     "Objective",
     "Positions",
     "RowObjective",
+    "Sampler",
+    "SamplingParams",
     "SparseView",
     "StudentSignal",
     "Support",
@@ -74,14 +77,18 @@ class View(Protocol):
 
 
 class DenseView:
-    """log_softmax(logits / T) over the whole vocabulary; ``logits`` [n, V]. Each temperature is computed once."""
+    """log_softmax(logits / T) over the whole vocabulary; ``logits`` [n, V]. Each temperature is computed once.
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    ``drawn`` [n]: on the student's side the log-prob with which each label was drawn, NaN for labels that were not; None when
+    none was.
+    """
+
+    def __init__(self, logits: Tensor, *, drawn: Tensor | None = None) -> None:
+        self.logits, self.drawn = logits, drawn
         self._at: dict[float, LogProbs] = {}
 
     def __getitem__(self, rows: slice) -> DenseView:
-        return DenseView(self.logits[rows])
+        return DenseView(self.logits[rows], drawn=None if self.drawn is None else self.drawn[rows])
 
     def at(self, temperature: float) -> LogProbs:
         if temperature not in self._at:
@@ -193,13 +200,16 @@ class Positions:
     """Which hidden states are scored, against what.
 
     ``index`` [N] into the flattened [B * S] hidden states; ``labels`` [N] the token that follows; ``sequence`` [N] the sequence
-    a row belongs to; ``weight`` [N]; ``teacher_index`` [N'], ``chunk`` [N], ``teacher_chunk`` [N'] for another tokenisation.
+    a row belongs to; ``weight`` [N]; ``drawn`` [N] log-prob with which the label was drawn, NaN where it was not;
+    ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N] and
+    ``teacher_chunk`` [N'] for another tokenisation.
     """
 
     index: Tensor
     labels: Tensor
     sequence: Tensor
     weight: Tensor | None = None
+    drawn: Tensor | None = None
     teacher_index: Tensor | None = None
     chunk: Tensor | None = None
     teacher_chunk: Tensor | None = None
@@ -257,3 +267,59 @@ class Teacher(Protocol):
     def provides(self) -> Support: ...
 
     def signal(self, batch: Mapping[str, Any], positions: Positions, layers: tuple[int, ...] = ()) -> TeacherSignal: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep everything.
+
+    ``max_tokens`` counts new tokens, the stop token included; generation ends after any of ``stop_ids``.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: "
+                "temperature and top_k are 0 or more, top_p is above 0 and at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Generated token ids, the stop token included, and ``logp`` of each under the distribution it was drawn from (nats).
+
+    That distribution is after temperature, top_k and top_p; for a greedy choice it is the model's own at temperature 1. ``finish``
+    is "stop" after a stop token and "length" at max_tokens or at the end of the model's context.
+    """
+
+    ids: list[int]
+    logp: list[float]
+    finish: Literal["stop", "length"]
+
+
+class Sampler(Protocol):
+    """Token ids in, token ids out."""
+
+    def generate(self, prompts: Sequence[list[int]], params: SamplingParams, *, seeds: Sequence[int]) -> list[Completion]:
+        """One completion for each prompt, in order; what is drawn depends on the prompt's own seed, not on its neighbours."""
+        ...
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """log q(x_t | x_<t) at temperature 1 for t = 1..S-1 of each sequence: S - 1 numbers, nats."""
+        ...
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the weights; names and shapes are those of the transformers model."""
+        ...
+
+    def close(self) -> None:
+        """Ends what was started."""
+        ...

@@ -164,7 +164,8 @@ def _block_rows_and_gradient(
     positions = job.student.positions
     with torch.enable_grad():
         raw = projected.detach().requires_grad_(differentiate)
-        q = DenseView(job.student.head.finish(raw))
+        drawn = None if positions.drawn is None else positions.drawn[rows]
+        q = DenseView(job.student.head.finish(raw), drawn=drawn)
         values = job.objective.row(q, p, positions.labels[rows])
         if positions.weight is not None:
             values = values * positions.weight[rows].reshape(-1, *[1] * (values.ndim - 1))

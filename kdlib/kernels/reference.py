@@ -10,7 +10,7 @@ from kdlib.types import DenseView, Loss, RowObjective, StudentSignal, TeacherSig
 
 def reference(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective, metrics: bool) -> Loss:
     """sum_i w_i row_i with logits [N, V]; memory O(N V), gradients by autograd (also of higher order)."""
-    q = DenseView(student.head(student.hidden))
+    q = DenseView(student.head(student.hidden), drawn=student.positions.drawn)
     with torch.no_grad():  # a teacher is a target, also where its head has parameters that ask for gradients
         p = None if teacher is None else teacher.view(slice(None))
     rows = objective.row(q, p, student.positions.labels)
