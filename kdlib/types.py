@@ -7,8 +7,8 @@ width, J sums. T is the temperature. The teacher is p, the student is q; log-pro
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -194,6 +194,10 @@ class TeacherSignal:
             return replace(self, logits=self.logits[..., :vocab_size])
         return self if self.head is None else replace(self, head=self.head.sliced(vocab_size))
 
+    def with_heads(self, change: Callable[[Head, Tensor], Head]) -> TeacherSignal:
+        """The same signal with ``change(head, hidden)`` in the place of its head, if it has one."""
+        return self if self.head is None or self.hidden is None else replace(self, head=change(self.head, self.hidden))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
@@ -216,6 +220,13 @@ class Positions:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def kept(self, keep: Tensor) -> Positions:
+        """The rows where ``keep`` [N] is true."""
+        assert self.chunk is None and self.teacher_chunk is None, "rows of an aligned chunk cannot be left out alone"
+        keep = keep.to(self.index.device)
+        stored = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x[keep] for name, x in stored.items() if x is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from kdlib.objectives import ForwardKL, Objective
 
@@ -15,7 +16,9 @@ class RunArguments:
         model: the student, a path or Hub id.
         dataset_name: training rows: a .jsonl, .json, .csv, .parquet or .txt file, a glob, a saved dataset
             or a Hub id.
-        teacher: the teacher, a path, Hub id, or directory made by kdlib cache; none for CrossEntropy alone.
+        teacher: a path, Hub id, directory made by kdlib cache, or URL of a vLLM server; a list of URLs that serve the
+            same; a mapping of names to teachers, of which each row names one; EnsembleTeacher or SelfTeacher; none for
+            CrossEntropy alone.
         objective: the loss, one of those below; its options are --objective.OPTION.
         dataset_config: configuration name of a Hub dataset.
         dataset_train_split: split of the training rows.
@@ -27,7 +30,7 @@ class RunArguments:
 
     model: str
     dataset_name: str
-    teacher: str | None = None
+    teacher: Any = None
     objective: Objective = field(default_factory=ForwardKL)
     dataset_config: str | None = None
     dataset_train_split: str = "train"

@@ -44,7 +44,7 @@ def write_card(
 
 
 def _facts(trainer: Any, arguments: RunArguments) -> dict[str, str]:
-    teacher = arguments.teacher or "none"
+    teacher = str(arguments.teacher or "none")
     if isinstance(trainer.teacher, CachedTeacher):
         teacher = f"{trainer.teacher.name}, cached in {teacher}"
     return {

@@ -87,7 +87,10 @@ class _Run:
         checkpoint = self.directory.checkpoint if stage is Stage.RESUME else None
         if checkpoint is not None:
             self.log.print(f"resuming from {checkpoint}", markup=False)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            trainer.close()
         stopped = trainer.signals_received.received is not None
         code = self._stopped(trainer) if stopped else self._finish(trainer)
         trainer.accelerator.end_training()  # gloo's threads, left running, can abort a process that has done its work

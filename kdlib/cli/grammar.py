@@ -125,7 +125,7 @@ def _class_path(name: str) -> str:
 
 def _own_class_path(name: str) -> str:
     source, _, attribute = name.rpartition(":")
-    module = _load(source)
+    module = load_user_module(source)
     found = vars(module).get(attribute)
     base = importlib.import_module("kdlib.objectives").Objective
     if not (isinstance(found, type) and is_dataclass(found) and issubclass(found, base)):
@@ -133,7 +133,7 @@ def _own_class_path(name: str) -> str:
     return f"{module.__name__}.{attribute}"
 
 
-def _load(source: str) -> ModuleType:
+def load_user_module(source: str) -> ModuleType:
     """A module by import name, or from a .py file."""
     try:
         return _load_file(source) if source.endswith(".py") else importlib.import_module(source)

@@ -50,6 +50,8 @@ def show_help(command: str, description: str, classes: Sequence[type], *, everyt
         rows = _rows(cls, everything=everything)
         hidden += len(option_names(cls)) - len(rows)
         _section(console, _title(cls), rows)
+        for name, part in nested(cls).items():
+            _section(console, _title(part), [(f"--{name}.{key}", default, text) for key, default, text in _own(part)])
         if any(name in CLASS_KEYS for name in option_names(cls)):
             _section(
                 console,
@@ -67,6 +69,17 @@ def _rows(cls: type, *, everything: bool) -> list[tuple[str, str, str]]:
     chosen = [*inherited, *own, *(option_names(cls) if everything else ())]
     names = [name for name in dict.fromkeys(chosen) if name in option_names(cls)]
     return [(f"--{name}", shown_default(cls, name), texts.get(name, "")) for name in names]
+
+
+def nested(cls: type) -> dict[str, type]:
+    """{option: dataclass} of the options that are groups of options, such as ``rollout``."""
+    made: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = [name for name in option_names(cls) if name not in CLASS_KEYS]
+    return {name: made[name] for name in names if isinstance(made[name], type) and dataclasses.is_dataclass(made[name])}
+
+
+def _own(cls: type) -> list[tuple[str, str, str]]:
+    return [(name, shown_default(cls, name), text) for name, text in docs(cls).items()]
 
 
 def docs(cls: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "no GPU, no network: train a teacher, distil a student, score both, write an HTML report",
     "distill": "train a student on a teacher's distributions",
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
+    "generate": "let a teacher answer prompts: verified traces that train as they are",
     "evaluate": "score a model with lm-eval tasks, bits per byte, and KL to a teacher",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
     "env": "versions and devices, for a bug report",

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from kdlib.data.collate import DistillationCollator
     from kdlib.data.draft import sample_id
     from kdlib.data.load import load_rows
-    from kdlib.data.positions import causal_positions
+    from kdlib.data.positions import causal_positions, teacher_inputs
     from kdlib.data.preview import preview_rows
+    from kdlib.data.rollout_rows import prompt_ids, with_completion
     from kdlib.data.rows import Prepared, prepare_dataset
 
 _HOME = {
@@ -24,7 +25,10 @@ _HOME = {
     "load_rows": "load",
     "prepare_dataset": "rows",
     "preview_rows": "preview",
+    "prompt_ids": "rollout_rows",
     "sample_id": "draft",
+    "teacher_inputs": "positions",
+    "with_completion": "rollout_rows",
 }
 
 __all__ = [
@@ -34,7 +38,10 @@ __all__ = [
     "load_rows",
     "prepare_dataset",
     "preview_rows",
+    "prompt_ids",
     "sample_id",
+    "teacher_inputs",
+    "with_completion",
 ]
 
 

@@ -90,7 +90,9 @@ def conversation_draft(messages: Sequence[Message], *, chat: ChatFormat, context
     """The rows of one conversation; assistant turns among the first ``context`` messages are not scored."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= context]
     if not turns:
-        raise BadRowError("no assistant turn", fix="nothing in the row could be scored, add the answer")
+        raise BadRowError(
+            "no assistant turn", fix="nothing in the row could be scored, add the answer (or set on_policy_fraction 1)"
+        )
     if any(messages[i].keys() == {"role", "content"} and not messages[i]["content"].strip() for i in turns):
         raise BadRowError("an empty assistant turn", fix="fill it in")
     for i in turns:

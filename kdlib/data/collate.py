@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib.data.draft import UNSCORED
+from kdlib.data.draft import UNSCORED, first_scored
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class DistillationCollator:
     transformers derives the block-diagonal mask from them when it gets neither an attention mask nor a key-
     value cache, so call the model with ``use_cache=False``. ``flatten`` puts all samples into one row [1,
     total], packed and without padding, as flash attention wants them.
+
+    Optional columns: ``teacher`` becomes a list of one name per entry of ``sample_id``; ``drawn_logp`` (of any row)
+    a float32 [B, S], NaN where it is absent; ``teacher_prompt_ids`` (of any row) ``teacher_input_ids`` and
+    ``teacher_attention_mask`` [B, S'], these ids in place of the tokens before the row's first scored one.
     """
 
     pad_token_id: int
@@ -30,22 +35,39 @@ class DistillationCollator:
     pad_to_multiple_of: int | None = None
     flatten: bool = False
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         packed = self.flatten or "seq_lengths" in rows[0]
         lines = [_Line.of(row) for row in rows]
         if self.flatten:
             lines = [_Line.joined(lines)]
         width = self._width(max(len(line.input_ids) for line in lines))
         first_samples = _offsets([len(line.lengths) for line in lines])
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _padded([line.input_ids for line in lines], width, self.pad_token_id),
             "labels": _padded([line.scored_labels() for line in lines], width, UNSCORED),
             "sequence": torch.tensor([line.sequence(first, width) for line, first in zip(lines, first_samples, strict=True)]),
             "sample_id": torch.tensor([sample for line in lines for sample in line.sample_ids]),
         }
+        if "teacher" in rows[0]:
+            names = [row["teacher"] if "seq_lengths" in row else [row["teacher"]] for row in rows]
+            batch["teacher"] = [name for of_row in names for name in of_row]
+        if any(row.get("drawn_logp") is not None for row in rows):
+            batch["drawn_logp"] = _padded([line.drawn for line in lines], width, math.nan)
         if packed:
+            assert not self._of_teacher(rows), "a teacher_prompt cannot stand before a sample of a packed row"
             return {**batch, "position_ids": torch.tensor([line.positions(width) for line in lines])}
-        return {**batch, "attention_mask": _padded([[1] * len(line.input_ids) for line in lines], width, 0)}
+        return {**batch, "attention_mask": _mask([line.input_ids for line in lines], width), **self._of_teacher(rows)}
+
+    def _of_teacher(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """What the teacher reads, when any row has a prompt of its own for it."""
+        if all(row.get("teacher_prompt_ids") is None for row in rows):
+            return {}
+        lines = [_seen_by_teacher(row) for row in rows]
+        width = self._width(max(map(len, lines)))
+        return {
+            "teacher_input_ids": _padded(lines, width, self.pad_token_id),
+            "teacher_attention_mask": _mask(lines, width),
+        }
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
@@ -60,6 +82,7 @@ class _Line:
     labels: list[int]
     lengths: list[int]
     sample_ids: list[int]
+    drawn: list[float]
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> _Line:
@@ -69,6 +92,7 @@ class _Line:
             labels=row["labels"],
             lengths=row["seq_lengths"] if packed else [len(row["input_ids"])],
             sample_ids=row["sample_id"] if packed else [row["sample_id"]],
+            drawn=row.get("drawn_logp") or [math.nan] * len(row["input_ids"]),
         )
 
     @staticmethod
@@ -78,6 +102,7 @@ class _Line:
             labels=[label for line in lines for label in line.labels],
             lengths=[length for line in lines for length in line.lengths],
             sample_ids=[sample for line in lines for sample in line.sample_ids],
+            drawn=[logp for line in lines for logp in line.drawn],
         )
 
     def scored_labels(self) -> list[int]:
@@ -100,5 +125,18 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
-def _padded(lines: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
-    return torch.tensor([[*line, *[fill] * (width - len(line))] for line in lines], dtype=torch.long)
+def _seen_by_teacher(row: Mapping[str, Any]) -> list[int]:
+    """The teacher's prompt, or the row's own, and everything from the first scored token on."""
+    start = first_scored(row["labels"])
+    own = row.get("teacher_prompt_ids")
+    return [*(row["input_ids"][:start] if own is None else own), *row["input_ids"][start:]]
+
+
+def _mask(lines: Sequence[Sequence[int]], width: int) -> Tensor:
+    return _padded([[1] * len(line) for line in lines], width, 0)
+
+
+def _padded(lines: Sequence[Sequence[float]], width: int, fill: float) -> Tensor:
+    """[B, width]: float32 for a ``fill`` that is a float, else int64."""
+    dtype = torch.float32 if isinstance(fill, float) else torch.long
+    return torch.tensor([[*line, *[fill] * (width - len(line))] for line in lines], dtype=dtype)

@@ -25,10 +25,14 @@ class BadRowError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """Token ids and as many labels, unshifted: the token's own id where it is scored, else -100."""
+    """Token ids and as many labels, unshifted: the token's own id where it is scored, else -100.
+
+    ``teacher_prompt_ids``: what the teacher reads in place of the tokens before the first scored one; None: these.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    teacher_prompt_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,11 @@ def scored_row(input_ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> To
     return TokenRow(input_ids=list(input_ids), labels=labels)
 
 
+def first_scored(labels: Sequence[int]) -> int:
+    """Where the first scored token stands, which is never the first of all; the row's length when none is scored."""
+    return next((i for i, label in enumerate(labels) if label != UNSCORED and i > 0), len(labels))
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     for index, (left, right) in enumerate(zip(first, second, strict=False)):
@@ -62,13 +71,15 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return min(len(first), len(second))
 
 
-def sample_id(input_ids: Sequence[int], labels: Sequence[int]) -> int:
-    """xxhash64 of the little-endian int64 bytes of ``input_ids``, then of ``labels``, with the top bit
-    cleared: 0 <= id < 2^63.
+def sample_id(input_ids: Sequence[int], labels: Sequence[int], teacher_prompt_ids: Sequence[int] | None = None) -> int:
+    """xxhash64 of the little-endian int64 bytes of ``input_ids``, then of ``labels``, then of
+    ``teacher_prompt_ids`` where the row has them, with the top bit cleared: 0 <= id < 2^63.
 
     It names a row by what is in it, so caches and random generators keyed by it survive a new order of the
     dataset.
     """
     digest = xxhash.xxh64(np.asarray(input_ids, dtype="<i8").tobytes())
     digest.update(np.asarray(labels, dtype="<i8").tobytes())
+    if teacher_prompt_ids is not None:
+        digest.update(np.asarray(teacher_prompt_ids, dtype="<i8").tobytes())
     return digest.intdigest() & (2**63 - 1)

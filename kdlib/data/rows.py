@@ -1,14 +1,16 @@
 """Rows of a dataset -> token rows: ``input_ids``, ``labels`` (unshifted, -100 = not scored) and a content-
 derived ``sample_id``.
 
-A row's kind is decided by its columns: ``input_ids``, ``messages``, ``prompt`` + ``completion``, or ``text``.
+A row's kind is decided by its columns: ``input_ids``, ``messages``, ``prompt`` + ``completion``, ``text``, or a
+``prompt`` for the student to answer. Beside them ``teacher`` names the teacher of the row, and
+``teacher_prompt`` is what that teacher reads in place of the prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Texts = dict[bool, dict[str, list[int]]]
 
-_VERSION = 1  # raise it when the same row would become other tokens: prepared rows on disk are found by it
+_VERSION = 2  # raise it when the same row would become other tokens: prepared rows on disk are found by it
 _FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -36,13 +38,16 @@ _FEATURES = Features(
         "truncated": Value("bool"),
     }
 )
+_TEACHER = Features({"teacher": Value("string")})
+_TEACHER_PROMPT = Features({"teacher_prompt_ids": List(Value("int32"))})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Token rows and what happened on the way.
 
-    ``dataset``: columns ``input_ids``, ``labels``, ``sample_id``, and ``seq_lengths`` when packed.
+    ``dataset``: columns ``input_ids``, ``labels``, ``sample_id``, and ``seq_lengths`` when packed; ``teacher`` and
+    ``teacher_prompt_ids`` where the rows had ``teacher`` and ``teacher_prompt``.
     ``skipped``: rows dropped, by ``reasons``. ``truncated``: source rows cut at max_length, or conversations
     whose later turns did not fit.
     """
@@ -62,30 +67,52 @@ def prepare_dataset(
     tools: Sequence[Tool] | None = None,
     packing: bool = False,
     skip_bad_rows: bool = False,
+    prompts_only: bool = False,
     num_proc: int | None = None,
 ) -> Prepared:
     """Tokenise and label ``rows``; one longer than ``max_length`` tokens is cut and not taught to end there.
 
     Rows may bring their own ``tools`` and ``chat_template_kwargs``. Raises ValueError for columns of no known
     kind and for a row that teaches nothing, which ``skip_bad_rows`` drops and counts instead.
+    prompts_only: rows may end before the answer (``prompt`` alone, ``messages`` that end with another's turn);
+    they become the rendered prompt with its generation prompt, and nothing in them is scored.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a row needs 2 tokens, one to predict and one before it")
     if len(rows) == 0:
         raise ValueError("the dataset is empty: nothing to train on")
     chat = ChatFormat(tokenizer=tokenizer, template_kwargs=chat_template_kwargs or {}, tools=tool_schemas(tools))
-    kind = row_kind(rows, tokenizer=tokenizer)
+    kind = row_kind(rows, tokenizer=tokenizer, prompts_only=prompts_only)
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "max_length": max_length,
+        "skip_bad_rows": skip_bad_rows,
+        "prompts_only": prompts_only,
+    }
+    features = _features(rows.column_names)
+    if packing and "teacher_prompt_ids" in features:
+        raise ValueError("packing puts several rows into one, which a teacher_prompt cannot stand before: leave packing out")
     tokenised = rows.map(
-        _Preparer(kind=kind, chat=chat, max_length=max_length, skip_bad_rows=skip_bad_rows),
+        _Preparer(chat=chat, columns=tuple(features), **settings),
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=_FEATURES,
+        features=features,
         num_proc=num_proc,
         desc="Tokenizing",
-        new_fingerprint=_fingerprint(rows, chat, kind=kind, max_length=max_length, skip_bad_rows=skip_bad_rows),
+        new_fingerprint=_fingerprint(rows, chat, **settings),
     )
     return _counted(tokenised, packing=packing, max_length=max_length)
+
+
+def _features(columns: Sequence[str]) -> Features:
+    """Those of every prepared row, and those of the optional columns that the rows have."""
+    features = dict(_FEATURES)
+    if "teacher" in columns:
+        features |= _TEACHER
+    if "teacher_prompt" in columns or "teacher_prompt_ids" in columns:
+        features |= _TEACHER_PROMPT
+    return Features(features)
 
 
 def _counted(tokenised: Dataset, *, packing: bool, max_length: int) -> Prepared:
@@ -105,23 +132,27 @@ def _counted(tokenised: Dataset, *, packing: bool, max_length: int) -> Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class _Preparer:
-    """A batch of rows -> columns of ``_FEATURES``, all of the batch's texts tokenised in one call."""
+    """A batch of rows -> ``columns`` of token rows, all of the batch's texts tokenised in one call."""
 
     kind: str
     chat: ChatFormat
+    columns: tuple[str, ...]
     max_length: int
     skip_bad_rows: bool
+    prompts_only: bool
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        drafts = [self._tried(i, draft_row, row, self.kind, self.chat) for i, row in zip(indices, rows, strict=True)]
+        arguments = (self.kind, self.chat, self.prompts_only)
+        drafts = [self._tried(i, draft_row, row, *arguments) for i, row in zip(indices, rows, strict=True)]
         encoded = self._encoded([draft for draft in drafts if isinstance(draft, Draft)])
-        columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-        for index, draft in zip(indices, drafts, strict=True):
+        columns: dict[str, list[Any]] = {name: [] for name in self.columns}
+        for index, row, draft in zip(indices, rows, drafts, strict=True):
             made = self._tried(index, self._token_rows, draft, encoded) if isinstance(draft, Draft) else draft
             for values in _skipped(made) if isinstance(made, BadRowError) else _kept(*made):
-                for name, value in zip(columns, values, strict=True):
-                    columns[name].append(value)
+                values["teacher"] = row.get("teacher")
+                for name in columns:
+                    columns[name].append(values[name])
         return columns
 
     def _tried(self, index: int, step: Callable[..., T], *arguments: Any) -> T | BadRowError:
@@ -146,10 +177,13 @@ class _Preparer:
     def _token_rows(self, draft: Draft, encoded: _Texts) -> tuple[list[TokenRow], bool]:
         """The draft's rows cut to max_length and still scoring something, and whether anything was lost."""
         whole = draft.build(encoded.get(draft.special, {}))
-        if not any(_scores(row) for row in whole):
-            raise BadRowError("no scored token", fix="give it an answer")
-        cut = [TokenRow(input_ids=row.input_ids[: self.max_length], labels=row.labels[: self.max_length]) for row in whole]
-        kept = [row for row in cut if _scores(row)]
+        answered = any(_scores(row) for row in whole)
+        if not answered and not self.prompts_only:
+            raise BadRowError("no scored token", fix="give it an answer (or set on_policy_fraction 1)")
+        if not answered:
+            kept = [row for row in whole if len(row.input_ids) < self.max_length]
+        else:
+            kept = [row for row in map(self._cut, whole) if _scores(row)]
         if not kept:
             raise BadRowError(
                 f"the prompt alone reaches max_length={self.max_length}",
@@ -157,21 +191,32 @@ class _Preparer:
             )
         return kept, len(kept) < len(whole) or any(len(row.input_ids) > self.max_length for row in whole)
 
+    def _cut(self, row: TokenRow) -> TokenRow:
+        return replace(row, input_ids=row.input_ids[: self.max_length], labels=row.labels[: self.max_length])
+
 
 def _scores(row: TokenRow) -> bool:
     return any(label != UNSCORED for label in row.labels)
 
 
-def _kept(rows: Sequence[TokenRow], truncated: bool) -> list[tuple[Any, ...]]:
-    """Values of ``_FEATURES`` per token row; a cut is counted once per source row."""
+def _kept(rows: Sequence[TokenRow], truncated: bool) -> list[dict[str, Any]]:
+    """Values of the columns per token row; a cut is counted once per source row."""
     return [
-        (row.input_ids, row.labels, sample_id(row.input_ids, row.labels), "", truncated and index == 0)
+        {
+            "input_ids": row.input_ids,
+            "labels": row.labels,
+            "sample_id": sample_id(row.input_ids, row.labels, row.teacher_prompt_ids),
+            "reason": "",
+            "truncated": truncated and index == 0,
+            "teacher_prompt_ids": row.teacher_prompt_ids,
+        }
         for index, row in enumerate(rows)
     ]
 
 
-def _skipped(problem: BadRowError) -> list[tuple[Any, ...]]:
-    return [([], [], 0, problem.reason, False)]
+def _skipped(problem: BadRowError) -> list[dict[str, Any]]:
+    empty = {"input_ids": [], "labels": [], "sample_id": 0, "teacher_prompt_ids": None}
+    return [{**empty, "reason": problem.reason, "truncated": False}]
 
 
 def _fingerprint(rows: Dataset, chat: ChatFormat, **settings: Any) -> str:

@@ -115,9 +115,7 @@ def _product(dz: Tensor, other: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(job: _Job, gradients: _Gradients, differentiate: bool) -> tuple[_Gradients, Tensor]:
     hidden, head = job.student.hidden, _ready(job.student.head, job.student.hidden)
-    teacher = job.teacher
-    if teacher is not None and teacher.head is not None and teacher.hidden is not None:
-        teacher = replace(teacher, head=_ready(teacher.head, teacher.hidden))
+    teacher = None if job.teacher is None else job.teacher.with_heads(_ready)
     collected: list[Tensor] = []
     buffers = _buffers(min(chunk_rows(hidden, head), len(hidden)), head, teacher, hidden)
     for chunk in _slices(len(hidden), chunk_rows(hidden, head)):

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from kdlib.kernels.outcomes import entropy, kl, outcomes
-from kdlib.types import SparseView, Support, View
+from kdlib.types import DenseView, SparseView, Support, View
 
 
 @torch.no_grad()
 def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
     """Per-row ``kl_forward kl_reverse entropy_teacher entropy_student top1_agreement`` [n]; nats, agreement in {0, 1}.
 
-    On a top-k signal the divergences and the teacher's entropy are over K + 1 outcomes (lower bounds). A sampled signal gives
-    ``kl_forward`` as an estimate only.
+    On a top-k signal the divergences and the teacher's entropy are over K + 1 outcomes (lower bounds). Ids drawn from the
+    teacher give ``kl_forward`` as an estimate only; ids drawn from the student ``kl_reverse`` = ``kl_k1`` (log q - log p) and
+    ``kl_k3`` (p/q - 1 - log p/q, never negative), both unbiased for KL(q || p), of the rows whose label was drawn.
     """
     full = q.at(1.0)
     found = {"entropy_student": entropy(full.logp)}
@@ -27,7 +28,7 @@ def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
         return found | {"kl_forward": (teacher.logp - student.logp.gather(-1, teacher.ids)).mean(-1)}
     if teacher.support is Support.SAMPLED_STUDENT:
         assert teacher.ids is not None
-        return found | {"kl_reverse": (student.logp.gather(-1, teacher.ids) - teacher.logp).mean(-1)}
+        return found | _of_drawn(student.logp.gather(-1, teacher.ids) - teacher.logp, q)
     logq, logp = outcomes(student, teacher)
     best = teacher.logp.argmax(-1)
     best = best if teacher.ids is None else teacher.ids.gather(-1, best[:, None])[:, 0]
@@ -37,6 +38,14 @@ def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
         "entropy_teacher": entropy(logp),
         "top1_agreement": (best == full.logp.argmax(-1)).to(logp.dtype),
     }
+
+
+def _of_drawn(gap: Tensor, q: View) -> dict[str, Tensor]:
+    """The estimates of KL(q || p) from log q - log p [n, K] of drawn ids."""
+    if isinstance(q, DenseView) and q.drawn is not None:
+        gap = gap[q.drawn.isfinite()]
+    k1, k3 = gap.mean(-1), (torch.expm1(-gap) + gap).mean(-1)
+    return {"kl_reverse": k1, "kl_k1": k1, "kl_k3": k3}
 
 
 def summed(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:

@@ -13,6 +13,7 @@ from kdlib.objectives.kl import (
     SkewKL,
     SkewReverseKL,
 )
+from kdlib.objectives.sampled import SampledReverseKL
 from kdlib.objectives.taid import TAID, Interpolated
 from kdlib.objectives.topk import DecoupledTopK, PlackettLuce
 from kdlib.objectives.total_variation import TotalVariation
@@ -32,6 +33,7 @@ __all__ = [
     "PlackettLuce",
     "ReverseKL",
     "RowObjective",
+    "SampledReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "Sum",

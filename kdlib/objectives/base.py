@@ -82,8 +82,8 @@ class RowObjective(Objective):
         """The loss of given logits [..., V] by plain autograd; ``labels`` and ``mask`` [...] are aligned with them (no shift).
 
         Rows where ``mask`` is false or the label is -100 are not scored. 16-bit logits are taken to float32 first; vocabularies
-        padded to different sizes are both cut to the smaller. No gradient flows to the teacher. Raises ValueError when the
-        objective needs what is not given, or shapes differ.
+        padded to different sizes are both cut to the smaller. No gradient flows to the teacher. Labels count as drawn from the
+        student as it stands. Raises ValueError when the objective needs what is not given, or shapes differ.
         """
         self._check_inputs(teacher_logits, labels)
         _check_shapes(student_logits, teacher_logits, labels, mask)
@@ -92,6 +92,8 @@ class RowObjective(Objective):
         q = DenseView(_wide(student_logits[..., :shared][scored]))
         p = None if teacher_logits is None else DenseView(_wide(teacher_logits.detach()[..., :shared][scored]))
         ids = labels[scored] if labels is not None else torch.full((len(q.logits),), -100, device=q.logits.device)
+        if labels is not None:
+            q.drawn = q.at(1.0).logp.detach().gather(-1, ids[:, None])[:, 0]
         rows = self.row(q, p, ids)
         return Loss(sum=rows.sum(0), count=len(rows), metrics=summed(row_metrics(q, p)))
 

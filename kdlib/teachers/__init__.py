@@ -1,32 +1,44 @@
-"""Where a TeacherSignal comes from: a transformers model in this process, or a cache on disk."""
+"""Where a TeacherSignal comes from: a model in this process or behind a server, a cache on disk, the student itself, or
+several of these.
+
+Each name is fetched from its module when it is first used.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from kdlib.lazy import exports
 
-from kdlib.teachers.cache import CachedTeacher
-from kdlib.teachers.hf import HFTeacher
-from kdlib.types import Teacher
+if TYPE_CHECKING:
+    from kdlib.teachers.cache import CachedTeacher
+    from kdlib.teachers.ensemble import EnsembleTeacher
+    from kdlib.teachers.hf import HFTeacher
+    from kdlib.teachers.resolve import leaves, resolve_teacher
+    from kdlib.teachers.routed import RoutedTeacher
+    from kdlib.teachers.self_teacher import SelfTeacher
+    from kdlib.teachers.vllm import VLLMTeacher
 
-__all__ = ["CachedTeacher", "HFTeacher", "resolve_teacher"]
+_HOME = {
+    "CachedTeacher": "cache",
+    "EnsembleTeacher": "ensemble",
+    "HFTeacher": "hf",
+    "RoutedTeacher": "routed",
+    "SelfTeacher": "self_teacher",
+    "VLLMTeacher": "vllm",
+    "leaves": "resolve",
+    "resolve_teacher": "resolve",
+}
 
+__all__ = [
+    "CachedTeacher",
+    "EnsembleTeacher",
+    "HFTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "VLLMTeacher",
+    "leaves",
+    "resolve_teacher",
+]
 
-def resolve_teacher(teacher: str | nn.Module | Teacher | None, options: dict[str, Any]) -> Teacher | None:
-    """A Teacher from what users give: a Hub id or model path, a cache directory, a model, or a Teacher.
-
-    ``options`` go to HFTeacher when it loads a model. A URL raises ValueError: served teachers are not in this version.
-    """
-    if isinstance(teacher, str):
-        if teacher.startswith(("http://", "https://")):
-            raise ValueError(
-                f"teacher {teacher!r}: served teachers are not supported yet; give a model, or a directory made by kdlib cache"
-            )
-        if (Path(teacher) / "cache.json").is_file():
-            return CachedTeacher(teacher)
-        return HFTeacher(teacher, **options)
-    if isinstance(teacher, nn.Module):
-        return HFTeacher(teacher)
-    return teacher
+__getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from kdlib.data.positions import teacher_inputs
 from kdlib.head import Head
 from kdlib.models import check_head, hidden_states, load_model, load_tokenizer
 from kdlib.types import Positions, Support, TeacherSignal
@@ -67,12 +68,13 @@ class HFTeacher:
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Any], positions: Positions, layers: tuple[int, ...] = ()) -> TeacherSignal:
-        """TeacherSignal(hidden [N, Dt], head) of the rows, on the device of ``positions``."""
+        """TeacherSignal(hidden [N, Dt], head) of the rows, on the device of ``positions``, from ``teacher_inputs``."""
         device = positions.index.device
         source = next(self.model.parameters()).device
-        moved = {key: value.to(source) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        inputs, index = teacher_inputs(batch, positions)
+        moved = {key: value.to(source) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         hidden, features = hidden_states(self.model, moved, layers=layers)
-        rows = hidden.flatten(0, 1).index_select(0, positions.index.to(hidden.device)).to(device)
+        rows = hidden.flatten(0, 1).index_select(0, index.to(hidden.device)).to(device)
         return TeacherSignal(hidden=rows, head=self._head(device), features={k: v.to(device) for k, v in features.items()})
 
     def _head(self, device: torch.device) -> Head:

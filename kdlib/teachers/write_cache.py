@@ -20,6 +20,8 @@ from kdlib.data.cache import Block, CacheIndex, CacheMeta, CacheWriter, Signals
 from kdlib.data.collate import DistillationCollator
 from kdlib.data.positions import causal_positions
 from kdlib.kernels.outcomes import top_k
+from kdlib.serving.client import BadRowsError
+from kdlib.teachers.vllm import VLLMTeacher
 from kdlib.tokenizers.identity import Tool, template_fingerprint, tokenizer_fingerprint
 from kdlib.types import LogProbs, Support, Teacher, TeacherSignal
 
@@ -52,11 +54,13 @@ def write_cache(
     kind: ``topk`` keeps the k likeliest tokens and the log of the mass outside; ``sampled`` keeps k tokens
     drawn with replacement from p at ``temperature`` by a generator keyed by (seed, sample_id).
     bits: 16 or 8 per log-prob. device: where batches and their rows go; the teacher's own, for speed.
-    The same call again continues an interrupted writing. Raises ValueError when ``directory`` holds another
-    cache, when the teacher does not give whole distributions, or for values that make no cache.
+    The same call again continues an interrupted writing. Samples for which a served teacher has no usable answer are left
+    out. Raises ValueError when ``directory`` holds another cache, when the teacher gives less than is to be kept, or for values
+    that make no cache.
     """
-    if Support.FULL not in teacher.provides:
-        raise ValueError(f"a cache needs whole distributions, this teacher gives {teacher.provides}: use a model")
+    _check_teacher(teacher, kind=kind, k=k, temperature=temperature)
+    if isinstance(teacher, VLLMTeacher):
+        teacher.check(tokenizer, len(tokenizer))
     meta = CacheMeta(
         kind=kind,
         k=k,
@@ -76,6 +80,23 @@ def write_cache(
     return writer.index
 
 
+def _check_teacher(teacher: Teacher, *, kind: str, k: int, temperature: float) -> None:
+    """ValueError unless the teacher gives whole distributions, or is served and gives at least the top k that are kept."""
+    if Support.FULL in teacher.provides:
+        return
+    if not isinstance(teacher, VLLMTeacher) or Support.TOPK not in teacher.provides or kind != "topk":
+        raise ValueError(
+            f"a cache of kind {kind} needs whole distributions, this teacher gives {teacher.provides}: use a model"
+        )
+    if k > teacher.k:
+        raise ValueError(f"the top {k} are to be kept, the served teacher gives {teacher.k}: lower k, or raise the teacher's")
+    if temperature != teacher.temperature:
+        raise ValueError(
+            f"the served teacher gives log-probs at temperature {teacher.temperature}, {temperature} is asked for: "
+            "cache at the teacher's temperature, or serve hidden states, which do for every temperature"
+        )
+
+
 def _write_missing(
     writer: CacheWriter, teacher: Teacher, dataset: Dataset, *, batch_size: int, device: str | torch.device
 ) -> None:
@@ -87,10 +108,13 @@ def _write_missing(
             blocks = []
             for rows in _batches(dataset.select(writer.rows(shard)).to_list(), batch_size=batch_size):
                 block = _block(teacher, rows, meta=writer.meta, device=device)
-                blocks.append(block)
-                tokens += len(block.signals)
+                if block is not None:
+                    blocks.append(block)
+                    tokens += len(block.signals)
                 bar.set_postfix_str(f"{tokens / (perf_counter() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(rows))
+            if not blocks:
+                raise ValueError(f"the teacher gives nothing usable for any row of shard {shard}: look at the warnings above")
             writer.write(shard, blocks)
 
 
@@ -110,21 +134,30 @@ def _batches(rows: list[Row], *, batch_size: int) -> list[list[Row]]:
 
 
 @torch.no_grad()
-def _block(teacher: Teacher, rows: list[Row], *, meta: CacheMeta, device: str | torch.device) -> Block:
-    """What is kept of the teacher's signal for one batch of rows."""
+def _block(teacher: Teacher, rows: list[Row], *, meta: CacheMeta, device: str | torch.device) -> Block | None:
+    """What is kept of the teacher's signal for one batch of rows; None when it has none for any of them."""
     collate = DistillationCollator(pad_token_id=0)  # any id will do, as nothing looks at padding
     batch = {name: x.to(device) for name, x in collate(rows).items()}
-    positions, sample_id = causal_positions(batch), batch["sample_id"]
-    count = torch.bincount(positions.sequence, minlength=len(sample_id))
-    signal = teacher.signal(batch, positions).sliced(meta.vocab_size)
+    positions, sample_id = causal_positions(batch), batch["sample_id"].cpu()
+    count, usable = (
+        torch.bincount(positions.sequence.cpu(), minlength=len(sample_id)),
+        torch.ones(len(sample_id), dtype=torch.bool),
+    )
+    try:
+        signal: TeacherSignal | None = teacher.signal(batch, positions)
+    except BadRowsError as error:
+        signal, usable = error.signal, ~torch.isin(sample_id, torch.tensor(error.samples))
+    if signal is None:
+        return None
+    sample_id, count = sample_id[usable], count[usable]
     if meta.kind == "topk":
         keep: Keep = partial(_keep_top, k=meta.k)
     else:
         assert meta.seed is not None
         uniform = _uniform(sample_id.tolist(), count.tolist(), draws=meta.k, seed=meta.seed)
         keep = partial(_keep_drawn, uniform=uniform.to(positions.index.device))
-    signals = _kept(signal, keep, meta=meta)
-    return Block(sample_id=sample_id.cpu().numpy(), count=count.cpu().numpy(), signals=signals)
+    signals = _kept(signal.sliced(meta.vocab_size), keep, meta=meta)
+    return Block(sample_id=sample_id.numpy(), count=count.numpy(), signals=signals)
 
 
 def _kept(signal: TeacherSignal, keep: Keep, *, meta: CacheMeta) -> Signals:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+
+from kdlib.samplers.config import RolloutConfig
 
 
 @dataclass
@@ -42,7 +44,26 @@ class DistillationConfig(TrainingArguments):
         teacher_revision: branch, tag or commit of the teacher on the Hub.
         teacher_load_in_8bit: load the teacher in 8 bits (needs bitsandbytes).
         teacher_load_in_4bit: load the teacher in 4 bits (needs bitsandbytes).
+        teacher_backend: hf runs a teacher's path with transformers, vllm in an engine in this process.
+        teacher_checkpoint: path or Hub id of what the teacher's URL serves, where the server's own name for it is neither.
+        signal: what a served teacher says: hidden (exact, needs a pooling server), topk or sampled; auto takes what the
+            server has.
+        signal_top_k: how many log-probs per token a served teacher gives with signal topk.
+        teacher_timeout: seconds that one request to a served teacher may take.
+        teacher_patience: seconds to wait for a served teacher that went away, before the run stops with a checkpoint.
+        teacher_concurrency: requests to a served teacher at a time.
         disable_dropout: set all dropout of the student to 0.
+        on_policy_fraction: share of rows trained on a completion drawn in this step instead of their own (GKD's lambda).
+        rollout_source: who writes these completions: student, teacher (sequence-level KD), or corrected (the student, its
+            first wrong token replaced by the teacher's).
+        correction_threshold: with corrected, a token is wrong when the teacher gives it less than this share of what it
+            gives to its likeliest one.
+        num_generations: completions per prompt; each counts as a row of a batch.
+        generation_batch_size: completions drawn at a time; null draws all of an optimizer step's at once.
+        max_completion_length: new tokens of a rollout; one cut there is scored and not taught to end.
+        max_staleness: how many optimizer steps old the weights that draw rollouts may be. 0 is strictly on-policy and
+            reproducible; above it rollouts and teacher run while the student is updated.
+        rollout: the engine that draws rollouts, and how it samples.
         merge_adapter: write final/ with the adapter merged into the weights; false keeps it an adapter.
     """
 
@@ -76,7 +97,24 @@ class DistillationConfig(TrainingArguments):
     teacher_revision: str | None = None
     teacher_load_in_8bit: bool = False
     teacher_load_in_4bit: bool = False
+    teacher_backend: Literal["hf", "vllm"] = "hf"
+    teacher_checkpoint: str | None = None
+    signal: Literal["auto", "hidden", "topk", "sampled"] = "auto"
+    signal_top_k: int = 64
+    teacher_timeout: float = 120.0
+    teacher_patience: float = 300.0
+    teacher_concurrency: int = 8
     disable_dropout: bool = False
+
+    on_policy_fraction: float = 0.0
+    rollout_source: Literal["student", "teacher", "corrected"] = "student"
+    correction_threshold: float = 0.1
+    num_generations: int = 1
+    generation_batch_size: int | None = None
+    max_completion_length: int = 256
+    max_staleness: int = 0
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
     merge_adapter: bool = True
 
     def __post_init__(self) -> None:
@@ -104,10 +142,32 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor has no effect on distillation losses: leave it out")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel would replace the loss: kdlib has its own chunked kernel; leave it out")
+        self._refuse_rollouts()
+
+    def _refuse_rollouts(self) -> None:
+        if not 0.0 <= self.on_policy_fraction <= 1.0:
+            raise ValueError(f"on_policy_fraction is a share of rows, from 0 to 1, not {self.on_policy_fraction}")
+        for name, lowest in (("num_generations", 1), ("max_completion_length", 1), ("max_staleness", 0), ("signal_top_k", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
+        if self.generation_batch_size is not None and self.generation_batch_size < 1:
+            raise ValueError(f"generation_batch_size must be at least 1, not {self.generation_batch_size}")
+        if not 0.0 < self.correction_threshold <= 1.0:
+            raise ValueError(f"correction_threshold must be above 0 and at most 1, not {self.correction_threshold}")
+        if self.on_policy_fraction == 0:
+            if self.num_generations > 1:
+                raise ValueError("num_generations above 1 repeats rows that are not drawn: add on_policy_fraction")
+            return
+        if self.packing:
+            raise ValueError(
+                "packing puts dataset rows together before rollouts are drawn: leave it out with on_policy_fraction"
+            )
+        if self.max_staleness and self.rollout_source == "corrected":
+            raise ValueError("corrected rollouts go back and forth between student and teacher: they need max_staleness 0")
 
     @property
     def teacher_options(self) -> dict[str, Any]:
-        """How HFTeacher loads a path."""
+        """How a teacher's path is loaded, and under ``served`` how a URL is asked."""
         return {
             "dtype": self.teacher_dtype,
             "attn_implementation": self.teacher_attn_implementation,
@@ -116,9 +176,22 @@ class DistillationConfig(TrainingArguments):
             "trust_remote_code": self.trust_remote_code,
             "load_in_8bit": self.teacher_load_in_8bit,
             "load_in_4bit": self.teacher_load_in_4bit,
+            "backend": self.teacher_backend,
+            "served": {
+                "signal": self.signal,
+                "k": self.signal_top_k,
+                "model": self.teacher_checkpoint,
+                "timeout": self.teacher_timeout,
+                "patience": self.teacher_patience,
+                "concurrency": self.teacher_concurrency,
+            },
         }
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """The autocast type, None for full precision."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments does, for trackers and JSON."""
+        return {**super().to_dict(), "rollout": asdict(self.rollout)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,24 @@ from kdlib.head import Head
 from kdlib.kernels import linear_objective
 from kdlib.models import check_head, hidden_states
 from kdlib.objectives import ForwardKL, Objective, RowObjective
+from kdlib.samplers import StaleEngineError
+from kdlib.serving import ServerAwayError
 from kdlib.teachers import resolve_teacher
 from kdlib.trainers import setup
 from kdlib.trainers.callbacks import STATE_FILE, MetricsWriter, Progress, StepHooks, StopOnSignal, last_checkpoint
 from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.final import save_final
 from kdlib.trainers.meters import Stopwatch, Sums
+from kdlib.trainers.on_policy import OnPolicy
 from kdlib.trainers.redirect import inside_forward
+from kdlib.trainers.repeats import RepeatSampler, as_rows, repeated
+from kdlib.trainers.scoring import TeacherSignals
 from kdlib.types import Loss, Positions, StudentSignal, Teacher, TeacherSignal
 
 Batch = dict[str, Any]
+AWAY = (ServerAwayError, StaleEngineError)
+
+logger = logging.getLogger("kdlib")
 
 
 class DistillationTrainer(Trainer):
@@ -72,11 +81,12 @@ class DistillationTrainer(Trainer):
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)
         self.vocab_size = setup.match_tokenizers(self.teacher, tokenizer, args)
-        self.train_rows = setup.prepared(train_dataset, tokenizer, args, packing=args.packing)
+        self.train_rows = setup.prepared(train_dataset, tokenizer, args, packing=args.packing, training=True)
         self.eval_rows = setup.prepared(eval_dataset, tokenizer, args, packing=False)
         for rows in (self.train_rows, self.eval_rows):
             setup.check_labels(rows, self.vocab_size)
         setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
+        setup.check_rollouts(self.teacher, self.train_rows, args)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
         check_head(student, role="student")
         self.published_dtype = setup.published_dtype(model, args)
@@ -86,7 +96,7 @@ class DistillationTrainer(Trainer):
             model=student,
             args=args,
             data_collator=data_collator or DistillationCollator(tokenizer.pad_token_id, flatten=flat),
-            train_dataset=None if self.train_rows is None else self.train_rows.dataset,
+            train_dataset=None if self.train_rows is None else setup.repeated(self.train_rows.dataset, args),
             eval_dataset=None if self.eval_rows is None else self.eval_rows.dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -94,11 +104,16 @@ class DistillationTrainer(Trainer):
         )
         setup.check_parallelism(self.args, self.accelerator)
         setup.place(self.teacher, self.accelerator.device)
+        for teacher in setup.self_teachers(self.teacher):
+            teacher.bind_student(self.model, dtype=args.compute_dtype)
+        self.teacher_signals = TeacherSignals(self.teacher, self.objective, autocast=self.accelerator.autocast)
+        self.on_policy = OnPolicy(self) if args.on_policy_fraction else None
         self.objective_state: dict[str, float] = {}
         self.scored_tokens, self.seen_tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         self._resumed_state: dict[str, Any] | None = None
         self._watching, self._window, self._evaluated, self._watch = False, Sums(), Sums(), Stopwatch()
         self._step_loss, self._window_start = torch.zeros(()), (0.0, 0.0)
+        self._first_length = 0.0
         self.signals_received = StopOnSignal()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -138,12 +153,8 @@ class DistillationTrainer(Trainer):
 
     def signals(self, batch: Batch) -> dict[str, TeacherSignal | None]:
         """The teacher's signal for every term."""
-        if self.teacher is None or self.objective.accepts is None:
-            return dict.fromkeys(batch["positions"])
-        with self._watch.part("teacher"), self.accelerator.autocast():
-            return {
-                name: self.teacher.signal(batch, where, self.objective.layers) for name, where in batch["positions"].items()
-            }
+        with self._watch.part("teacher"):
+            return self.teacher_signals(batch)
 
     # The step
 
@@ -153,13 +164,53 @@ class DistillationTrainer(Trainer):
         """The step's micro-batches with their positions, and the rows of each term over all of them and all ranks."""
         self._watching = self._logs_next_step()
         self._watch.restart(exact=self._watching)
-        with self._watch.part("data"):
-            size = self.args.train_batch_size
-            batches = [self._unrepeated(batch, size=size) for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-            batches = [{**batch, "positions": self.positions(batch)} for batch in self.prepare(batches)]
-            counts = self._global_counts(batches, device)
+        batches, failure = self._step_batches(epoch_iterator, num_batches)
+        if self.waits_for_engines:
+            self._stop_if_away(failure, device)
+        counts = self._global_counts(batches, device)
         self._step_start = self._watch.now()
         return batches, counts
+
+    def _step_batches(self, iterator: Iterator[Batch], num_batches: int) -> tuple[list[Batch], Exception | None]:
+        """Everything of the step that comes before its first forward pass, or the engine that was not there for it."""
+        size = self.args.train_batch_size
+
+        def pull() -> list[Batch]:
+            return [self._unrepeated(batch, size=size) for _, batch in zip(range(num_batches), iterator, strict=False)]
+
+        try:
+            if self.on_policy is None:
+                with self._watch.part("data"):
+                    batches = pull()
+            else:
+                batches = self._rolled_out(pull)
+            with self._watch.part("data"):
+                batches = [b if "positions" in b else {**b, "positions": self.positions(b)} for b in self.prepare(batches)]
+            if self.waits_for_engines:
+                with self._watch.part("teacher"):
+                    batches = self.teacher_signals.all_of(batches)
+        except AWAY as error:
+            return [], error
+        return batches, None
+
+    def _rolled_out(self, pull: Callable[[], list[Batch]]) -> list[Batch]:
+        assert self.on_policy is not None
+        step = self.on_policy.next(pull, step=self.state.global_step + 1)
+        for name, seconds in step.seconds.items():
+            self._watch.add(name, seconds)
+        self._window.add(step.counts.metrics(self.accelerator.device))
+        return step.batches
+
+    @property
+    def waits_for_engines(self) -> bool:
+        """Whether a server or an engine outside of this process's models takes part, which could be away."""
+        return self.teacher_signals.served or (self.on_policy is not None and self.args.rollout.engine != "hf")
+
+    def _stop_if_away(self, failure: Exception | None, device: torch.device) -> None:
+        """Stops all ranks before the same step when one is without its engine: the model is whole, and resumes from here."""
+        away = torch.tensor(float(failure is not None), device=device)
+        if float(self.accelerator.reduce(away, reduction="sum")):
+            raise failure or ServerAwayError("another process has lost its engine; the same command resumes")
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -176,11 +227,12 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batch) -> dict[str, Loss]:
         found: dict[str, Loss] = {}
-        signals = self.signals(batch)
+        given = batch.pop("signals", None)
+        outside = self.signals(batch) if given is None and not self.teacher_signals.inside_forward else given
         unwrapped = self.accelerator.unwrap_model(model)
 
         def forward(batch: Batch) -> dict[str, Tensor]:
-            found.update(self.terms(unwrapped, batch, signals))
+            found.update(self.terms(unwrapped, batch, self.signals(batch) if outside is None else outside))
             return {name: loss.sum for name, loss in found.items()}
 
         sums = inside_forward(model, unwrapped, forward, batch)
@@ -203,6 +255,8 @@ class DistillationTrainer(Trainer):
     def after_step(self) -> None:
         """The objective's state moves with the global loss, once per optimizer step."""
         self._watch.add("update", self._watch.now() - self._step_start - self._watch.seconds().get("time/teacher", 0.0))
+        for teacher in setup.self_teachers(self.teacher):
+            teacher.after_step()
         if self.objective_state:
             loss = self.accelerator.reduce(self._step_loss, reduction="sum").item()
             self.objective_state = self.objective.update(self.objective_state, loss, self.state.global_step)
@@ -219,14 +273,39 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what a distiller wants to the Trainer's log lines; ValueError when the loss is not finite."""
         if "loss" in logs and "grad_norm" in logs:
+            self._window.add(self.teacher_signals.bad_rows())
             logs |= self._window.means(self.accelerator) | self._watch.seconds() | self._throughput()
             logs |= {f"objective/{key}": value for key, value in self.objective_state.items() if key.split(".")[-1] == "t"}
+            self._rollout_alarms(logs)
             if not math.isfinite(logs["loss"]):
                 raise ValueError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or look at the rows"
                     " (--preview 3); a reverse divergence is infinite where the teacher gives a token no mass"
                 )
         super().log(logs, start_time)
+
+    def _rollout_alarms(self, logs: dict[str, float]) -> None:
+        """Says so when rollouts stop ending by themselves: what is drawn next is no longer worth training on."""
+        length, clipped = logs.get("completions/mean_length"), logs.get("completions/clipped_ratio", 0.0)
+        if length is None:
+            return
+        self._first_length = self._first_length or length
+        if clipped > 0.5:
+            logger.warning(
+                "step %d: %.0f%% of the rollouts were cut at max_completion_length %d: raise it, or check that the student "
+                "ends its turns",
+                self.state.global_step,
+                100 * clipped,
+                self.args.max_completion_length,
+            )
+        elif length > 2 * self._first_length:
+            logger.warning(
+                "step %d: rollouts have grown from %.0f to %.0f tokens: look at samples/, and at the end of turns",
+                self.state.global_step,
+                self._first_length,
+                length,
+            )
+            self._first_length = length
 
     def _throughput(self) -> dict[str, float]:
         now, seen = self._watch.now(), float(self.seen_tokens)
@@ -257,6 +336,8 @@ class DistillationTrainer(Trainer):
         """Adds the batch's sums; nothing is returned, because the Trainer would average per-batch means."""
         inputs = self._unrepeated(self._prepare_inputs(inputs), size=self.args.eval_batch_size)
         batch = {**inputs, "positions": self.positions(inputs)}
+        if self.teacher_signals.served:
+            batch = self.teacher_signals.all_of([batch])[0]
         with torch.no_grad():
             losses = self._losses(model, batch)
         self._evaluated.add({f"loss/{name}": (loss.sum, loss.count) for name, loss in losses.items()})
@@ -271,6 +352,9 @@ class DistillationTrainer(Trainer):
         remainder = loader.total_dataset_length % (size * ranks)
         if remainder == 0:
             return inputs
+        if "rows" in inputs:
+            first = max(0, remainder - self.accelerator.process_index * size)
+            return {"rows": [row if i < first else repeated(row) for i, row in enumerate(inputs["rows"])]}
         labels = inputs["labels"].clone()
         labels[max(0, remainder - self.accelerator.process_index * size) :] = -100
         return {**inputs, "labels": labels}
@@ -287,11 +371,17 @@ class DistillationTrainer(Trainer):
         elif resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
         if checkpoint is not None:
-            self._resumed_state = json.loads((checkpoint / STATE_FILE).read_text())
+            self._resumed_state = {**json.loads((checkpoint / STATE_FILE).read_text()), "directory": checkpoint}
         try:
             return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options)
+        except AWAY:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise
         finally:
             self.signals_received.restore()
+            if self.on_policy is not None:
+                self.on_policy.clear()
 
     def begin(self) -> None:
         """State of the objective and counters, fresh or from the checkpoint."""
@@ -300,6 +390,30 @@ class DistillationTrainer(Trainer):
         for name in ("scored_tokens", "seen_tokens"):
             setattr(self, name, torch.tensor(saved[name] if saved else 0.0, dtype=torch.float64))
         self._window_start = (self._watch.now(), float(self.seen_tokens))
+        for teacher in setup.self_teachers(self.teacher) if saved else ():
+            teacher.load(saved["directory"])
+
+    def close(self) -> None:
+        """Ends engines that this trainer started."""
+        if self.on_policy is not None:
+            self.on_policy.close()
+
+    def get_train_dataloader(self) -> Any:
+        """Rows as they are where rollouts come first, collated batches otherwise."""
+        if self.on_policy is None:
+            return super().get_train_dataloader()
+        collate, self.data_collator = self.data_collator, as_rows
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.num_generations > 1:
+            return RepeatSampler(
+                len(self.train_dataset), times=self.args.num_generations, seed=self.args.data_seed or self.args.seed
+            )
+        return super()._get_train_sampler(train_dataset)
 
     def save_final(self, directory: str | Path) -> Path:
         """A directory that transformers, vLLM and lm-eval load as it is; every rank calls this, rank 0 writes."""
@@ -316,6 +430,8 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             path.unlink(missing_ok=True)  # when a step is saved twice, at a signal and at the end of its epoch
         super()._save_checkpoint(model, trial)
+        for teacher in setup.self_teachers(self.teacher) if self.args.should_save else ():
+            teacher.save(path.parent)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             state = {

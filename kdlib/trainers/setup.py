@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import load_model, load_tokenizer
-from kdlib.objectives import Objective, RowObjective, Sum
-from kdlib.teachers import CachedTeacher, HFTeacher
+from kdlib.objectives import Objective, ReverseKL, RowObjective, SkewReverseKL, Sum
+from kdlib.teachers import CachedTeacher, HFTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
-from kdlib.types import Teacher, feeds
+from kdlib.trainers.repeats import RepeatedRows
+from kdlib.types import Support, Teacher, feeds
+
+logger = logging.getLogger("kdlib")
 
 
 def default_output_dir(model: str | nn.Module) -> str:
@@ -117,20 +121,36 @@ def checked_objective(objective: Objective) -> Objective:
 
 
 def check_pair(teacher: Teacher | None, objective: Objective) -> None:
-    """ValueError naming both when the teacher cannot feed the objective."""
+    """ValueError naming both when the teacher cannot feed the objective; a warning where it feeds it badly."""
     if teacher is None and objective.accepts is not None:
         raise ValueError(f"{type(objective).__name__} needs a teacher: give one (--teacher), or train with CrossEntropy")
-    if teacher is not None and not feeds(teacher.provides, objective.accepts):
+    if teacher is None:
+        return
+    if not feeds(teacher.provides, objective.accepts):
         raise ValueError(
             f"{type(teacher).__name__} provides {teacher.provides}, which cannot feed {type(objective).__name__}: "
             f"it accepts {objective.accepts}; choose another objective, or a teacher that is run in training"
         )
-    if isinstance(teacher, CachedTeacher):
-        for temperature in _temperatures(objective) - {teacher.temperature}:
-            raise ValueError(
-                f"{type(objective).__name__} has temperature {temperature}, the cache was captured at {teacher.temperature}: "
-                f"set objective.temperature to {teacher.temperature}, or run kdlib cache again with --temperature {temperature}"
-            )
+    for member in leaves(teacher):
+        if isinstance(member, CachedTeacher | VLLMTeacher) and Support.FULL not in member.provides:
+            _check_temperature(member, objective)
+    if Support.FULL not in teacher.provides and isinstance(objective, ReverseKL | SkewReverseKL):
+        logger.warning(
+            "%s on the teacher's top k alone: what the student does outside of it is seen as one outcome, which pulls mass "
+            "there; signal hidden (a pooling server) is exact, ForwardKL is safer",
+            type(objective).__name__,
+        )
+
+
+def _check_temperature(teacher: CachedTeacher | VLLMTeacher, objective: Objective) -> None:
+    """Truncated log-probs exist at the temperature at which they were taken."""
+    for temperature in _temperatures(objective) - {teacher.temperature}:
+        again = f"run kdlib cache again with --temperature {temperature}"
+        raise ValueError(
+            f"{type(objective).__name__} has temperature {temperature}, the teacher's log-probs are at {teacher.temperature}: "
+            f"set objective.temperature to {teacher.temperature}, or "
+            + (again if isinstance(teacher, CachedTeacher) else "use signal hidden (a pooling server)")
+        )
 
 
 def _temperatures(objective: Objective) -> set[float]:
@@ -141,22 +161,49 @@ def _temperatures(objective: Objective) -> set[float]:
 
 
 def match_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> int:
-    """What both models' logits are cut to: the tokenizer's length. ValueError when the tokenizers differ."""
+    """What all models' logits are cut to: the tokenizer's length. ValueError when the tokenizers differ."""
     size = len(tokenizer)
-    if isinstance(teacher, CachedTeacher):
-        teacher.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
-    if isinstance(teacher, HFTeacher):
-        if teacher.tokenizer is not None and not same_tokenizer(tokenizer, teacher.tokenizer):
-            raise ValueError(
-                "student and teacher have different tokenizers, so their logits mean different tokens: "
-                f"{explain_difference(tokenizer, teacher.tokenizer)}; "
-                "that takes CrossTokenizerTrainer, which is not in this version"
-            )
-        teacher.vocab_size = size
+    for member in leaves(teacher):
+        if isinstance(member, CachedTeacher):
+            member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+        elif isinstance(member, VLLMTeacher):
+            member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
+        elif isinstance(member, HFTeacher | SelfTeacher):
+            if isinstance(member, HFTeacher):
+                _check_same(tokenizer, member.tokenizer)
+            member.vocab_size = size
     return size
 
 
-def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, *, packing: bool) -> Prepared | None:
+def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:
+    if teacher is not None and not same_tokenizer(student, teacher):
+        raise ValueError(
+            "student and teacher have different tokenizers, so their logits mean different tokens: "
+            f"{explain_difference(student, teacher)}; "
+            "that takes CrossTokenizerTrainer, which is not in this version"
+        )
+
+
+def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
+    """Those among the teachers that are made of the student."""
+    return [member for member in leaves(teacher) if isinstance(member, SelfTeacher)]
+
+
+def check_rollouts(teacher: Teacher | None, rows: Prepared | None, args: DistillationConfig) -> None:
+    """ValueError for what rollouts cannot be trained on with."""
+    if args.on_policy_fraction == 0:
+        return
+    if any(isinstance(member, CachedTeacher) for member in leaves(teacher)):
+        raise ValueError("a cache knows the dataset's own completions only: on_policy_fraction needs the teacher itself")
+    if args.rollout_source == "corrected" and (teacher is None or not feeds(teacher.provides, Support.FULL | Support.TOPK)):
+        raise ValueError("rollout_source corrected needs a teacher with whole distributions or its top k")
+    if args.rollout_source == "teacher" and teacher is None:
+        raise ValueError("rollout_source teacher needs a teacher")
+
+
+def prepared(
+    rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, *, packing: bool, training: bool = False
+) -> Prepared | None:
     """Token rows from a path, a list, a raw Dataset or an already prepared one."""
     if rows is None or isinstance(rows, Prepared):
         return rows
@@ -174,15 +221,22 @@ def prepared(rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationCo
         packing=packing,
         skip_bad_rows=args.skip_bad_rows,
         num_proc=args.dataset_num_proc,
+        prompts_only=training and args.on_policy_fraction == 1.0,
     )
+
+
+def repeated(rows: Dataset, args: DistillationConfig) -> Any:
+    """The rows as often as completions are drawn for them."""
+    return RepeatedRows(rows, times=args.num_generations) if args.num_generations > 1 else rows
 
 
 def check_cached(teacher: Teacher | None, train: Prepared | None, held_out: Prepared | None) -> None:
     """ValueError before training when a cached teacher does not know the rows."""
-    if isinstance(teacher, CachedTeacher):
-        for what, rows in (("training", train), ("evaluation", held_out)):
-            if rows is not None:
-                teacher.check_rows(rows.dataset, what=what)
+    for member in leaves(teacher):
+        if isinstance(member, CachedTeacher):
+            for what, rows in (("training", train), ("evaluation", held_out)):
+                if rows is not None:
+                    member.check_rows(rows.dataset, what=what)
 
 
 def check_labels(rows: Prepared | None, vocab_size: int) -> None:
@@ -204,11 +258,14 @@ def check_parallelism(args: DistillationConfig, accelerator: Accelerator) -> Non
         raise ValueError(
             "several GPUs in one process (DataParallel) are not supported: start with accelerate launch or torchrun"
         )
+    if args.on_policy_fraction and accelerator.distributed_type == "FSDP":
+        raise ValueError("rollouts need the student's whole weights on each process, which FSDP does not keep: use ddp")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError("DeepSpeed ZeRO-3 partitions the lm_head, which the loss needs whole: use ZeRO-2, or FSDP2")
 
 
 def place(teacher: Teacher | None, device: torch.device) -> None:
-    if isinstance(teacher, HFTeacher):
-        teacher.place(device)
+    for member in leaves(teacher):
+        if isinstance(member, HFTeacher):
+            member.place(device)

@@ -81,6 +81,16 @@ def test_lora_with_a_scheduled_objective(tmp_path: Path, files: Material) -> Non
     assert values(found, "objective/t") == pytest.approx(schedule, rel=1e-5)
 
 
+def test_on_policy(tmp_path: Path, files: Material) -> None:
+    """Half of the rows are drawn by the student: the same draws, however a step's rows are split."""
+    words = ["--objective", "ReverseKL", "--on_policy_fraction", "0.5", "--max_completion_length", "8"]
+    expected = run(tmp_path, files, "at_once", words)
+    for split in ("accumulated", "two_processes"):
+        found = run(tmp_path, files, split, words)
+        assert_equal_trajectories(found, expected, tolerance=1e-5)
+        assert values(found, "completions/mean_length") == pytest.approx(values(expected, "completions/mean_length"))
+
+
 def test_bf16(tmp_path: Path, files: Material, at_once: Path) -> None:
     """To 2%: a sum over 8 rows is rounded to bf16 once, over 2 rows four times, and Adam enlarges that."""
     expected = run(tmp_path, files, "at_once", ["--bf16", "true"])

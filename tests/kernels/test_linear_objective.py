@@ -346,15 +346,17 @@ def test_metrics_of_a_sampled_teacher_are_estimates_of_one_divergence() -> None:
     at = problem(10)
     logq, logp = (at.leaves["hidden"] @ at.leaves["weight"].T).log_softmax(-1), dense(at).log_softmax(-1)
     ids = torch.arange(20).view(10, 2) % 11
-    for support, objective, name in (
-        (Support.SAMPLED_TEACHER, ForwardKL(), "kl_forward"),
-        (Support.SAMPLED_STUDENT, ReverseKL(), "kl_reverse"),
+    for support, objective, names in (
+        (Support.SAMPLED_TEACHER, ForwardKL(), {"kl_forward"}),
+        (Support.SAMPLED_STUDENT, ReverseKL(), {"kl_reverse", "kl_k1", "kl_k3"}),
     ):
         drawn = TeacherSignal(logp=logp.gather(-1, ids), ids=ids, support=support)
         loss, _ = replace(at, teacher=drawn).run(objective, "chunked", metrics=True)
-        gap = (logp - logq).gather(-1, ids).mean(-1).sum() * (1 if name == "kl_forward" else -1)
-        assert loss.metrics.keys() == {"entropy_student", name}
-        assert loss.metrics[name][0].item() == pytest.approx(gap.item())
+        gap = (logp - logq).gather(-1, ids) * (1 if "kl_forward" in names else -1)
+        assert loss.metrics.keys() == {"entropy_student", *names}
+        for name in names:
+            value = (-gap).exp() - 1 + gap if name == "kl_k3" else gap
+            assert loss.metrics[name][0].item() == pytest.approx(value.mean(-1).sum().item())
 
 
 class LargestTensor(TorchDispatchMode):

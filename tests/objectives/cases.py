@@ -18,6 +18,7 @@ from kdlib.objectives import (
     PlackettLuce,
     ReverseKL,
     RowObjective,
+    SampledReverseKL,
     SkewKL,
     SkewReverseKL,
     Sum,
@@ -61,12 +62,16 @@ CASES: dict[str, RowObjective] = {
     "plackett_luce": PlackettLuce(top_k=4, tau=1.5),
     "plackett_luce_all": PlackettLuce(top_k=32),
     "plackett_luce_teacher": PlackettLuce(top_k=4, label_first=False),
+    "sampled_reverse_kl": SampledReverseKL(),
+    "sampled_reverse_kl_k3": SampledReverseKL(estimator="k3"),
     "sum": Sum(parts=((0.3, ForwardKL(temperature=2.0)), (0.7, CrossEntropy()), (0.2, TotalVariation()))),
 }
 
 # zero, with zero gradient, where student and teacher agree
 DIVERGENCES = {
-    name: objective for name, objective in CASES.items() if not isinstance(objective, CrossEntropy | PlackettLuce | Sum)
+    name: objective
+    for name, objective in CASES.items()
+    if not isinstance(objective, CrossEntropy | PlackettLuce | SampledReverseKL | Sum)
 }
 
 

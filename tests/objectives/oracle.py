@@ -35,6 +35,8 @@ def value(objective: Any, s: Row, z: Row | None, *, label: int = 0, frozen: Row 
     if name == "PlackettLuce":
         return factor * _plackett_luce(objective, softmax(s, T), softmax(z, T * objective.tau), label)
     q, p, fixed = softmax(s, T), softmax(z, T), softmax(frozen, T)
+    if name == "SampledReverseKL":
+        return _sampled(objective, p[label], q[label])
     return factor * divergence(objective, p, q, fixed=fixed)
 
 
@@ -150,6 +152,14 @@ def _plackett_luce(o: Any, q: Row, a: Row, label: int) -> float:
     return total
 
 
+def _sampled(o: Any, p: float, q: float) -> float:
+    if q == 0:
+        return 0.0  # the student cannot have drawn it
+    if p == 0:
+        return math.inf
+    return math.log(q / p) if o.estimator == "k1" else p / q - 1 - math.log(p / q)
+
+
 _DIVERGENCES: dict[str, Callable[[Any, Row, Row, Row], float]] = {
     "ForwardKL": lambda o, p, q, _: kl(p, q),
     "ReverseKL": lambda o, p, q, _: kl(q, p),
@@ -178,6 +188,9 @@ def gradient(objective: Any, s: Row, z: Row | None, *, label: int = 0) -> list[f
         return [b - (v == label) for v, b in enumerate(q)]
     T = objective.temperature
     p, q = softmax(z, T), softmax(s, T)
+    if type(objective).__name__ == "SampledReverseKL":
+        gap = math.log(q[label] / p[label]) if q[label] > 0 and p[label] > 0 else 0.0
+        return [gap * ((v == label) - b) for v, b in enumerate(q)]
     scale = (T * T if objective.t_squared else 1.0) / T
     return [scale * g for g in _ANALYTIC[type(objective).__name__](objective, p, q)]
 
@@ -232,6 +245,7 @@ _ANALYTIC: dict[str, Callable[[Any, Row, Row], list[float]]] = {
         q, [0.5 * math.copysign(1.0, b - a) if a != b else 0.0 for a, b in zip(p, q, strict=True)]
     ),
     "CrossEntropy": lambda o, p, q: [],  # handled where no teacher is asked for
+    "SampledReverseKL": lambda o, p, q: [],  # handled where the label is known
 }
 
 

@@ -34,7 +34,9 @@ def test_the_table_gives_options_and_defaults(name: str) -> None:
 
 
 def _parsed(text: str) -> Any:
-    return text == "true" if text in ("true", "false") else float(text)
+    if text in ("true", "false"):
+        return text == "true"
+    return float(text) if text[0].isdigit() else text
 
 
 def test_the_examples_run(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""``kdlib generate``: prompts in, a teacher's verified answers out, in shards that train as they are."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from kdlib.cli.parsing import parse
+from kdlib.samplers.config import RolloutConfig
+
+if TYPE_CHECKING:
+    from kdlib.cli.generate_source import Source
+    from kdlib.data.traces import Prompts, TraceWriter
+
+DESCRIPTION = """Lets a teacher answer prompts: several completions each, verified, without duplicates, kept as the exact
+token ids it wrote.
+
+The same command again continues where it was stopped; --overwrite true starts anew."""
+
+# What the traces depend on, beside the teacher and the prompts: none of it may change when a run is continued.
+SAME: tuple[str, ...] = (
+    "num_generations",
+    "max_completion_length",
+    "verify",
+    "answer_column",
+    "rows_per_shard",
+    "generation_batch_size",
+)
+SAME += ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "seed")
+
+
+@dataclass
+class GenerateArguments:
+    """Who answers which prompts, how often, and what counts as right.
+
+    Args:
+        model: the teacher: a path, a Hub id, or the URL of a vLLM server.
+        dataset_name: rows with a prompt (text or messages), messages, or a question; files, a glob or a Hub id.
+        output_dir: the directory to write.
+        num_generations: completions drawn for each prompt.
+        max_completion_length: new tokens of a completion; one that is cut there does not end, and is not taught to.
+        verify: exact_number, math-verify, or file.py:function of (completion, row); nothing is judged when left out.
+        answer_column: where a row has its reference answer.
+        rollout: the engine, and how it samples.
+        dataset_config: configuration name of a Hub dataset.
+        dataset_train_split: split of the rows.
+        tokenizer: path or Hub id of the tokenizer; the model's own, or that of the checkpoint a server names.
+        apply_chat_template: put prompts that are text into a user turn; null does so where there is a chat template.
+        chat_template_kwargs: passed to the chat template, for example {enable_thinking: true}.
+        max_prompt_length: prompts of more tokens are skipped; the model's context when left out.
+        rows_per_shard: prompts in a file.
+        generation_batch_size: completions asked for at once; what a killed run does again, at most.
+        dtype: the teacher's weights, auto (as saved), float32 or bfloat16.
+        attn_implementation: sdpa, eager, flash_attention_2 or another of transformers; engine hf.
+        load_in_8bit: load the teacher in 8 bits (needs bitsandbytes); engine hf.
+        load_in_4bit: load the teacher in 4 bits (needs bitsandbytes); engine hf.
+        trust_remote_code: run the code that a model on the Hub brings. Off unless you have read it.
+        device: cpu, cuda or cuda:N; chosen when left out; engine hf.
+        seed: of the draws; a draw depends on it, the prompt and the number of the completion alone.
+        overwrite: delete the traces in output_dir and start anew.
+    """
+
+    model: str
+    dataset_name: str
+    output_dir: str
+    num_generations: int = 4
+    max_completion_length: int = 1024
+    verify: str | None = None
+    answer_column: str = "answer"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    tokenizer: str | None = None
+    apply_chat_template: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_prompt_length: int | None = None
+    rows_per_shard: int = 1000
+    generation_batch_size: int = 256
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    device: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_generations", "max_completion_length", "rows_per_shard", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be at least 1, not {self.max_prompt_length}")
+        if self.rollout.temperature == 0 and self.num_generations > 1:
+            raise ValueError("rollout.temperature 0 writes the same completion every time: add --num_generations 1")
+
+
+class Stopped(KeyboardInterrupt):
+    """A SIGINT or SIGTERM; what is on disk is complete up to the last batch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def run(words: list[str]) -> int:
+    options = parse("generate", DESCRIPTION, [GenerateArguments], words)
+    if options is None:
+        return 0
+    arguments = options.build(GenerateArguments)
+    with ExitStack() as stack:
+        stack.enter_context(_stoppable())
+        try:
+            return _generated(arguments, stack)
+        except Stopped as stop:
+            Console(stderr=True, soft_wrap=True, highlight=False).print("stopped; the same command continues", markup=False)
+            return 128 + stop.number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Stopped wherever the run is: every write is safe against being cut."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _generated(a: GenerateArguments, stack: ExitStack) -> int:
+    """The exit code. Rows, prompts, directory and verifier are checked before a model is loaded."""
+    from kdlib.cli.generate_loop import Generator, answer
+    from kdlib.cli.generate_source import source_of
+    from kdlib.cli.generate_verify import load_verifier
+    from kdlib.data import load_rows
+
+    rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
+    verifier = load_verifier(a.verify, answer_column=a.answer_column, columns=rows.column_names, stack=stack)
+    source = source_of(a)
+    prompts = _prompts(a, rows, source)
+    writer = _writer(a, prompts, source)
+    stack.callback(writer.close)
+    _say(a, prompts, writer)
+    if writer.missing:
+        sampler = source.sampler(a)
+        stack.callback(sampler.close)
+        answer(prompts, writer, Generator(arguments=a, source=source, sampler=sampler, verifier=verifier))
+    return _closing(a, prompts, writer)
+
+
+def _prompts(a: GenerateArguments, rows: Any, source: Source) -> Prompts:
+    from kdlib.data.traces import read_prompts
+
+    longest = [limit for limit in (a.max_prompt_length, source.longest_prompt) if limit is not None]
+    return read_prompts(
+        rows,
+        source.tokenizer,
+        longest=min(longest, default=None),
+        apply_chat_template=a.apply_chat_template,
+        chat_template_kwargs=a.chat_template_kwargs,
+    )
+
+
+def _writer(a: GenerateArguments, prompts: Prompts, source: Source) -> TraceWriter:
+    from kdlib.data.traces import TraceWriter
+
+    return TraceWriter(
+        a.output_dir,
+        source.settings | {name: getattr(a, name) for name in SAME} | {"prompts": prompts.fingerprint},
+        prompts=len(prompts),
+        rows_per_shard=a.rows_per_shard,
+        prompts_per_batch=max(1, a.generation_batch_size // a.num_generations),
+        overwrite=a.overwrite,
+    )
+
+
+def _say(a: GenerateArguments, prompts: Prompts, writer: TraceWriter) -> None:
+    """What is about to happen, and what was left out of it."""
+    log = Console(stderr=True, soft_wrap=True, highlight=False)
+    left_out = [f"{count} x {reason}" for reason, count in prompts.skipped.items()]
+    left_out += [f"{prompts.duplicates} x a prompt that an earlier row has"] if prompts.duplicates else []
+    line = f"{len(prompts):,} prompts, {a.num_generations} completions each, {writer.index.n_shards} shards"
+    log.print(f"{line}; rows left out: {', '.join(left_out)}" if left_out else line, markup=False)
+    for number, problem in writer.damaged.items():
+        log.print(f"shard {number} is {problem}; it is written again", markup=False)
+    if len(writer.missing) < writer.index.n_shards:
+        log.print(f"{writer.index.n_shards - len(writer.missing)} shards are there already", markup=False)
+
+
+def _closing(a: GenerateArguments, prompts: Prompts, writer: TraceWriter) -> int:
+    """Correct and incorrect traces in files of their own, the report, and what to do with them."""
+    from kdlib.cli.generate_report import closing_lines, finished, summary_table
+
+    report = finished(writer.directory, prompts=prompts, verified=a.verify is not None)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(summary_table(report))
+    for line in closing_lines(writer.directory, report, shards=writer.index.n_shards):
+        console.print(line, markup=False)
+    return 0

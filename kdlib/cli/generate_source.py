@@ -1,0 +1,153 @@
+"""The teacher that answers: its engine, its tokenizer, what ends its answers, and how long they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from kdlib.decoding.sampling import context_length
+from kdlib.models import load_model, load_tokenizer
+from kdlib.samplers.config import RolloutConfig
+from kdlib.serving.client import Served, ServerClient
+from kdlib.serving.command import serve_command
+from kdlib.tokenizers.identity import tokenizer_fingerprint
+from kdlib.trainers.turns import end_of_turn
+from kdlib.types import Sampler
+
+if TYPE_CHECKING:
+    from kdlib.cli.generate import GenerateArguments
+
+DRAWN = ("engine", "temperature", "top_p", "top_k", "batch_size")  # what of the rollout options the completions depend on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """``checkpoint``: path or Hub id of the teacher's weights, ``context``: its longest row in tokens, None without a limit."""
+
+    rollout: RolloutConfig
+    checkpoint: str
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    context: int | None
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """A prompt has to leave room for a token."""
+        return None if self.context is None else self.context - 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the completions depend on, by the names of the options."""
+        return {
+            "model": self.checkpoint,
+            **{f"rollout.{name}": getattr(self.rollout, name) for name in DRAWN},
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "stop_ids": list(self.stop_ids),
+        }
+
+    def sampler(self, a: GenerateArguments) -> Sampler:
+        """The engine, started."""
+        if self.rollout.engine == "vllm":
+            from kdlib.samplers import VLLMSampler
+
+            return VLLMSampler(self.checkpoint, self.rollout, dtype=a.dtype, seed=a.seed)
+        if self.rollout.engine == "server":
+            from kdlib.samplers import ServerSampler
+
+            assert self.rollout.url is not None
+            return ServerSampler(self.rollout.url, self.rollout)
+        return self._in_process(a)
+
+    def _in_process(self, a: GenerateArguments) -> Sampler:
+        import torch
+
+        from kdlib.samplers import HFSampler
+        from kdlib.teachers.hf import quantization
+
+        quantized = quantization(load_in_8bit=a.load_in_8bit, load_in_4bit=a.load_in_4bit)
+        device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_model(
+            self.checkpoint,
+            dtype=a.dtype,
+            attn_implementation=a.attn_implementation,
+            quantization_config=quantized,
+            device_map=None if quantized is None else {"": device},
+            trust_remote_code=a.trust_remote_code,
+        )
+        if quantized is None:
+            model.to(device)
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        return HFSampler(model.eval(), pad_token_id=self.tokenizer.pad_token_id, batch_size=self.rollout.batch_size)
+
+
+def source_of(a: GenerateArguments) -> Source:
+    """The teacher that the options name; ValueError when it, or its tokenizer, is not there. Loads no weights."""
+    rollout = a.rollout
+    if a.model.startswith(("http://", "https://")):
+        if rollout.url not in (None, a.model):
+            raise ValueError(f"model {a.model} and rollout.url {rollout.url} are two servers: leave one out")
+        rollout = replace(rollout, engine="server", url=a.model)
+    served = _served(a, rollout) if rollout.engine == "server" else None
+    checkpoint = a.model if served is None or rollout is a.rollout else served.root
+    home = a.tokenizer or checkpoint
+    try:
+        tokenizer = load_tokenizer(home, trust_remote_code=a.trust_remote_code)
+    except ValueError as error:
+        if served is None or a.tokenizer:
+            raise
+        raise ValueError(f"the server's model is {home}, and here is no such tokenizer: add --tokenizer PATH") from error
+    config = _config(checkpoint if served is None else home, a.trust_remote_code)
+    return Source(
+        rollout=rollout,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        stop_ids=_stop_ids(home if served else checkpoint, config, tokenizer, a.chat_template_kwargs or {}),
+        context=_context(rollout, served, config),
+    )
+
+
+def _served(a: GenerateArguments, rollout: RolloutConfig) -> Served:
+    assert rollout.url is not None
+    client = ServerClient(rollout.url, timeout=rollout.timeout, patience=rollout.patience)
+    return client.models(
+        command=f"{serve_command(a.tokenizer or 'MODEL', signal='generate')} --logprobs-mode processed_logprobs"
+    )[0]
+
+
+def _config(name: str, trust_remote_code: bool) -> Any:
+    """The model's configuration; None where only a tokenizer is."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+
+
+def _context(rollout: RolloutConfig, served: Served | None, config: Any) -> int | None:
+    if served is not None:
+        return served.max_model_len
+    if rollout.engine == "vllm" and rollout.max_model_len is not None:
+        return rollout.max_model_len
+    length = float("inf") if config is None else context_length(SimpleNamespace(config=config))
+    return None if length == float("inf") else int(length)
+
+
+def _stop_ids(
+    name: str, config: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The tokens after which an answer ends: those of the generation config, the tokenizer and the chat template."""
+    try:
+        given = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        given = None if config is None else config.get_text_config().eos_token_id
+    found = set(given if isinstance(given, list) else [given]) | {
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer, template_kwargs),
+    }
+    ids = tuple(sorted(i for i in found if i is not None))
+    if not ids:
+        raise ValueError(f"{name} has no token that ends an answer: set eos_token_id in its generation_config.json")
+    return ids

@@ -1,0 +1,280 @@
+"""HTTP to one vLLM server, or to several that serve the same model; needs neither vLLM nor torch's devices."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+    wait_exponential,
+)
+
+from kdlib.types import TeacherSignal, Tensor
+
+API_KEY_VARIABLE = "KDLIB_API_KEY"
+
+Payload = Mapping[str, Any]
+
+_logger = logging.getLogger("kdlib.serving")
+_NOT_A_NUMBER = "not JSON compliant"  # what a server says (HTTP 400) whose answer holds NaN
+_BUSY = (429, 502, 503, 504)  # HTTP statuses of a server that will answer later
+_TRIES_OF_A_FAILING_REQUEST = 3
+_CONNECT_SECONDS = 10.0
+_AVOID_SECONDS = 30.0  # how long a replica that is away is asked only when no other answers
+
+
+class ServerAwayError(RuntimeError):
+    """No answer for ``patience`` seconds: the run stops with a checkpoint."""
+
+
+class ServerRefusedError(ValueError):
+    """The server understood the request and declined it (HTTP 4xx); the message is the server's, in one line.
+
+    ``status`` is the HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerFailedError(ServerRefusedError):
+    """A healthy server fails on this one request: HTTP 500 several times, or an answer that holds NaN."""
+
+
+class BadRowsError(ValueError):
+    """The teacher's answer is unusable for some rows of a batch; the others are in ``signal``.
+
+    ``keep`` [N] (bool, CPU) marks the positions that ``signal`` holds (None when none is left), ``samples`` names the rest's
+    sample ids, ``reason`` says what is wrong with the first of them.
+    """
+
+    def __init__(self, *, keep: Tensor, signal: TeacherSignal | None, samples: list[int], reason: str) -> None:
+        named = ", ".join(str(sample) for sample in samples)
+        super().__init__(f"the teacher's answer is unusable for sample {named}: {reason}; leave it out of the dataset")
+        self.keep, self.signal, self.samples, self.reason = keep, signal, samples, reason
+
+
+class _AwayError(Exception):
+    """No answer now; there may be one later."""
+
+
+class _FailingError(_AwayError):
+    """HTTP 500 while /health is fine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model of a server: what requests call it, the checkpoint it was loaded from, and its longest row in tokens."""
+
+    name: str
+    root: str
+    max_model_len: int | None
+
+
+class ServerClient:
+    """Requests to ``url``, with or without /v1, or to each of a list of replicas in turn (one that is away is passed over).
+
+    timeout: seconds for one answer. patience: seconds for which an unreachable or overloaded server is tried again, with
+    growing pauses, before ServerAwayError. concurrency: requests at a time. The variable KDLIB_API_KEY is the bearer token.
+    """
+
+    def __init__(
+        self, url: str | Sequence[str], *, timeout: float = 120.0, patience: float = 300.0, concurrency: int = 8
+    ) -> None:
+        self.urls = [_base(one) for one in ([url] if isinstance(url, str) else url)]
+        if not self.urls or concurrency < 1:
+            raise ValueError("a served model needs at least one URL and a concurrency of at least 1")
+        self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
+        self._session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        if API_KEY_VARIABLE in os.environ:
+            self._session.headers["Authorization"] = f"Bearer {os.environ[API_KEY_VARIABLE]}"
+        self._slots = threading.BoundedSemaphore(concurrency)  # several threads may ask at the same time
+        self._turn = itertools.count()
+        self._avoided: dict[str, float] = {}  # replicas that are away, and until when they are passed over
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.urls)
+
+    def each(self) -> list[ServerClient]:
+        """One client for each replica that was not away when it was last asked."""
+        settings = {"timeout": self.timeout, "patience": self.patience}
+        return [ServerClient(url, concurrency=self.concurrency, **settings) for url in self.urls if url not in self._avoided]
+
+    def models(self, *, command: str = "") -> list[Served]:
+        """What every reachable replica serves, asked once: ValueError, naming ``command``, when none can be reached."""
+        answers, problems = [], []
+        for url in self.urls:
+            try:
+                answers.append(self._sent("GET", url, "/v1/models", None).json()["data"])
+            except (_AwayError, requests.JSONDecodeError, KeyError) as problem:
+                problems.append(f"{url} ({problem})")
+                self._leave(url)
+        if not answers:
+            hint = f"start it with `{command}`" if command else "is it running?"
+            raise ValueError(f"no vLLM server answers at {', '.join(problems)}: {hint}")
+        if problems:
+            _logger.warning("%s cannot be reached; going on with the other replicas", "; ".join(problems))
+        shared = set.intersection(*({entry["id"] for entry in answer} for answer in answers))
+        if not shared:
+            raise ValueError(f"the replicas {self.name} serve different models: a teacher is one model")
+        return [_served(entry["id"], answers) for entry in answers[0] if entry["id"] in shared]
+
+    def post(self, path: str, payload: Payload) -> requests.Response:
+        """The answer to one request. ServerAwayError, ServerRefusedError or ServerFailedError when there is none."""
+        return self._post(path, payload, threading.Event())
+
+    def map(self, path: str, payloads: Sequence[Payload]) -> list[requests.Response]:
+        """The answers in the order of ``payloads``, ``concurrency`` requests at a time; the first error ends it."""
+        return self._mapped(self._post, path, payloads)
+
+    def outcomes(self, path: str, payloads: Sequence[Payload]) -> list[requests.Response | ServerFailedError]:
+        """As ``map``, with the error in place of the answer where a healthy server fails on a request."""
+        return self._mapped(self._outcome, path, payloads)
+
+    def _mapped(self, call: Callable[..., Any], path: str, payloads: Sequence[Payload]) -> list[Any]:
+        stop = threading.Event()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(call, path, payload, stop) for payload in payloads]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:  # Ctrl-C too: what waits for a server must not hold up the end
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _outcome(self, path: str, payload: Payload, stop: threading.Event) -> requests.Response | ServerFailedError:
+        try:
+            return self._post(path, payload, stop)
+        except ServerFailedError as error:
+            return error
+
+    def _post(self, path: str, payload: Payload, stop: threading.Event) -> requests.Response:
+        failures = itertools.count(1)
+
+        def attempt() -> requests.Response:
+            try:
+                with self._slots:
+                    return self._attempt(path, payload)
+            except _FailingError as error:
+                if next(failures) < _TRIES_OF_A_FAILING_REQUEST:
+                    raise
+                raise ServerFailedError(str(error), status=500) from error
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(_AwayError),
+            stop=stop_after_delay(self.patience) | stop_when_event_set(stop),
+            wait=wait_exponential(multiplier=0.25, max=15.0),
+            sleep=sleep_using_event(stop),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _AwayError as error:
+            raise ServerAwayError(
+                f"no answer from {self.name} for {self.patience:.0f} seconds ({error}): the run stops here with a checkpoint; "
+                "start the server again, then the same command resumes"
+            ) from error
+
+    def _attempt(self, path: str, payload: Payload) -> requests.Response:
+        """The first answer of a replica: in turn, those that were away lately last."""
+        first, now = next(self._turn) % len(self.urls), time.monotonic()
+        turn = self.urls[first:] + self.urls[:first]
+        problems: list[_AwayError] = []
+        for url in sorted(turn, key=lambda url: self._avoided.get(url, 0.0) > now):
+            try:
+                response = self._sent("POST", url, path, payload)
+            except _FailingError:
+                raise
+            except _AwayError as problem:
+                problems.append(problem)
+                self._leave(url, problem)
+            else:
+                self._back(url)
+                return response
+        raise problems[0]
+
+    def _sent(self, method: str, url: str, path: str, payload: Payload | None) -> requests.Response:
+        with _unreachable():
+            timeout = (min(_CONNECT_SECONDS, self.timeout), self.timeout)
+            response = self._session.request(method, url + path, json=payload, timeout=timeout)
+        if response.status_code < 400:
+            return response
+        message = _message(response)
+        if response.status_code == 500 and self._healthy(url):
+            raise _FailingError(message)
+        if response.status_code >= 500 or response.status_code in _BUSY:
+            raise _AwayError(f"HTTP {response.status_code}: {message}")
+        if _NOT_A_NUMBER in message:
+            raise ServerFailedError(f"its answer holds NaN or infinity ({message})", status=response.status_code)
+        raise ServerRefusedError(f"{url} refuses: {message}", status=response.status_code)
+
+    def _healthy(self, url: str) -> bool:
+        with _unreachable():
+            return self._session.get(f"{url}/health", timeout=min(_CONNECT_SECONDS, self.timeout)).ok
+
+    def _leave(self, url: str, problem: _AwayError | None = None) -> None:
+        with self._lock:
+            known = url in self._avoided
+            self._avoided[url] = time.monotonic() + _AVOID_SECONDS
+        if problem is not None and not known:
+            _logger.warning("%s does not answer (%s); trying again for up to %.0f seconds", url, problem, self.patience)
+
+    def _back(self, url: str) -> None:
+        if url in self._avoided:
+            with self._lock:
+                known = self._avoided.pop(url, None) is not None
+            if known:
+                _logger.warning("%s answers again", url)
+
+
+@contextmanager
+def _unreachable() -> Iterator[None]:
+    try:
+        yield
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        kind = "time-out" if isinstance(error, requests.Timeout) else "no connection"
+        raise _AwayError(kind) from error
+
+
+def _base(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url!r} is not a URL: a served model is given as http://HOST:PORT/v1")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _message(response: requests.Response) -> str:
+    """The one line in which a server says what is wrong."""
+    try:
+        body = response.json()
+    except requests.JSONDecodeError:
+        body = response.text
+    if isinstance(body, dict):
+        body = body["error"]["message"] if isinstance(body.get("error"), dict) else body.get("detail", body)
+    return (str(body).strip().splitlines() or [response.reason])[0][:300]
+
+
+def _served(name: str, answers: Sequence[Sequence[Mapping[str, Any]]]) -> Served:
+    """The model ``name`` as all replicas can serve it: the shortest of their limits."""
+    entries = [entry for answer in answers for entry in answer if entry["id"] == name]
+    limits = [entry["max_model_len"] for entry in entries if entry.get("max_model_len") is not None]
+    return Served(name=name, root=entries[0].get("root") or name, max_model_len=min(limits, default=None))

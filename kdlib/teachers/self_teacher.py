@@ -1,0 +1,155 @@
+"""The student as its own teacher: as it is, averaged over its past, or without its adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kdlib.data.positions import teacher_inputs
+from kdlib.files import write_whole
+from kdlib.head import Head
+from kdlib.models import hidden_states
+from kdlib.types import Positions, Support, TeacherSignal
+
+EMA_FILE = "teacher_ema.safetensors"
+
+
+class SelfTeacher:
+    """The student's own distribution, without gradients and without dropout.
+
+    kind: ``student`` (as it is in this step), ``ema`` (an exponential moving average of its trained weights in float32) or
+    ``adapter_off`` (the model below the student's adapter). decay: of the average, ema = decay ema + (1 - decay) student after
+    each optimizer step. Rows with a ``teacher_prompt`` show the teacher more than the student sees: without that,
+    ``student`` has nothing to teach.
+    vocab_size: cut the head to this many entries (the tokenizer's length), set by the trainer.
+    """
+
+    provides = Support.FULL
+
+    def __init__(
+        self,
+        kind: Literal["student", "ema", "adapter_off"] = "student",
+        *,
+        decay: float = 0.99,
+        vocab_size: int | None = None,
+    ) -> None:
+        if kind not in ("student", "ema", "adapter_off"):
+            raise ValueError(f"SelfTeacher.kind is student, ema or adapter_off, not {kind!r}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"SelfTeacher.decay must be at least 0 and below 1, not {decay}")
+        self.kind, self.decay, self.vocab_size = kind, decay, vocab_size
+        self.student: nn.Module | None = None
+        self.model: nn.Module | None = None
+        self.dtype: torch.dtype | None = None
+
+    @property
+    def inside_forward(self) -> bool:
+        """Whether ``signal`` runs the student's own weights, which wrappers gather inside their forward only."""
+        return self.kind != "ema"
+
+    def bind_student(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+        """Takes the unwrapped student, on its device; ``dtype``: the autocast type of its head, None for full precision."""
+        if self.kind == "adapter_off" and not isinstance(model, PeftModel):
+            raise ValueError(
+                "SelfTeacher(kind='adapter_off') needs a student with an adapter: give peft_config (use_peft true)"
+            )
+        self.student, self.dtype = model, dtype
+        self.model = _averaged_copy(model) if self.kind == "ema" else model
+
+    @torch.no_grad()
+    def signal(self, batch: Mapping[str, Any], positions: Positions, layers: tuple[int, ...] = ()) -> TeacherSignal:
+        """TeacherSignal(hidden [N, D], head) of the rows, from ``teacher_inputs``."""
+        assert self.model is not None, "bind_student comes first"
+        inputs, index = teacher_inputs(batch, positions)
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(self.model))
+            if self.kind == "adapter_off":
+                stack.enter_context(_without_adapter(self.model))
+            hidden, features = hidden_states(self.model, inputs, layers=layers)
+            head = _detached(Head.of(self.model, vocab_size=self.vocab_size, dtype=self.dtype))
+        return TeacherSignal(hidden=hidden.flatten(0, 1).index_select(0, index), head=head, features=features)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Moves the average towards the student; nothing to do for the other kinds."""
+        if self.kind != "ema":
+            return
+        assert self.student is not None
+        now = dict(self.student.named_parameters())
+        for name, average in self._averages().items():
+            if isinstance(now[name], DTensor):
+                raise ValueError("SelfTeacher(kind='ema') needs the student's whole weights on each process: use DDP, not FSDP")
+            average.lerp_(now[name].to(average.dtype), 1.0 - self.decay)
+
+    def save(self, directory: Path) -> None:
+        """Writes the averaged weights into a checkpoint; nothing for the other kinds."""
+        if self.kind == "ema":
+            write_whole(directory / EMA_FILE, save({name: x.contiguous() for name, x in self._averages().items()}))
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Reads what ``save`` wrote; ValueError when the checkpoint has no average or one of another student."""
+        if self.kind != "ema":
+            return
+        if not (directory / EMA_FILE).is_file():
+            raise ValueError(f"{directory} holds no {EMA_FILE}: it was not written with SelfTeacher(kind='ema'), start anew")
+        saved, averages = load_file(directory / EMA_FILE), self._averages()
+        if {n: x.shape for n, x in saved.items()} != {n: x.shape for n, x in averages.items()}:
+            raise ValueError(f"{directory / EMA_FILE} averages other weights than this student trains: start anew")
+        for name, average in averages.items():
+            average.copy_(saved[name])
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The averaged parameters by the student's names: all, or those that an adapter trains."""
+        assert self.student is not None and self.model is not None
+        shared = {id(parameter) for parameter in self.student.parameters()}
+        return {name: x for name, x in self.model.named_parameters() if id(x) not in shared}
+
+
+def _averaged_copy(model: nn.Module) -> nn.Module:
+    """A frozen copy with averaged parameters in float32; what an adapter leaves frozen is not copied but shared."""
+    shared = {id(x): x for x in model.parameters() if not x.requires_grad} if isinstance(model, PeftModel) else {}
+    made: nn.Module = copy.deepcopy(model, dict(shared))
+    for parameter in made.parameters():
+        if id(parameter) not in shared:
+            parameter.data = parameter.data.float()
+    return made.eval().requires_grad_(False)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """peft's switch makes every adapter weight trainable when it is turned back: which were is restored here."""
+    assert isinstance(model, PeftModel)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trainable:
+            parameter.requires_grad_(was)
+
+
+def _detached(head: Head) -> Head:
+    lora = None if head.lora is None else (head.lora[0].detach(), head.lora[1].detach(), head.lora[2])
+    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), lora=lora)
