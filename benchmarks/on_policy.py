@@ -5,7 +5,8 @@
 Both trainers get the same student, teacher, prompts, batch, completion length, temperature and objective (reverse KL, TRL's
 beta 1). Every method has a process of its own; rounds alternate and ratios are taken within a round, so that a machine with
 other work slows both sides. Models are random and draw the end-of-turn token about once in V tokens: nearly every completion
-runs to the limit, so that both sides draw equally many tokens. --vllm adds our colocated engine (TRL's weight push into vLLM fails on CPU).
+runs to the limit, so that both sides draw equally many tokens. --vllm adds our colocated engine (TRL's weight push into vLLM
+fails on CPU).
 """
 
 from __future__ import annotations

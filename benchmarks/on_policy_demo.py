@@ -4,8 +4,8 @@ python benchmarks/on_policy_demo.py --seeds 0 1 2 3 4 --output docs/results/on_p
 --quick runs one seed for a few steps, to see that the script works.
 
 For every seed: the demo's teacher; a student distilled off-policy for a while; then, from that same student, rounds of further
-training that differ in where the completions come from. The on-policy round runs first, and the off-policy one gets as many
-steps as reach the scored tokens of that.
+training that differ in where the completions come from. The off-policy round runs last, for as many steps as reach the scored
+tokens of the longest other one.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def scored_tokens(run: Path) -> int:
     return int(max(line["scored_tokens"] for line in lines if "scored_tokens" in line))
 
 
+def tokens_per_step(run: Path, *, batch: int) -> float:
+    """Scored tokens of an off-policy step, on average over an epoch."""
+    plan = json.loads((run / "plan.json").read_text())
+    return float(plan["scored_tokens_per_epoch"]) / math.ceil(plan["rows"] / batch)
+
+
 def accuracy(model: Path, root: Path, *, limit: int | None) -> float:
     found = evaluate(str(model), TASK, include_path=str(root / "tasks"), batch_size=200, device="cpu", limit=limit)
     return float(summary_rows(found)[0]["value"])
@@ -85,8 +91,9 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
         final = distill(run, model=start, **rows, **common, **options)
         found[name] = (accuracy(final, root, limit=limit), scored_tokens(run))
     budget = max(found[name][1] for name in FURTHER)
-    probe = distill(root / "probe", model=start, **rows, **{**common, "max_steps": 2}, objective="ForwardKL").parent
-    common["max_steps"] = math.ceil(budget / (scored_tokens(probe) / 2))
+    common["max_steps"] = math.ceil(
+        1.01 * budget / tokens_per_step(root / "start", batch=common["per_device_train_batch_size"])
+    )
     final = distill(root / "off-policy", model=start, **rows, **common, objective="ForwardKL")
     found[BASELINE] = (accuracy(final, root, limit=limit), scored_tokens(root / "off-policy"))
     return found
@@ -103,18 +110,18 @@ def table(found: list[dict[str, tuple[float, int]]], seeds: list[int]) -> tuple[
     return head, lines
 
 
-def report(head: list[str], lines: list[list[str]]) -> str:
+def report(head: list[str], lines: list[list[str]], seeds: list[int]) -> str:
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join(
         [
             "# On-policy against off-policy on the demo's task",
             "",
-            f"Command: `python benchmarks/on_policy_demo.py {' '.join(sys.argv[1:])}`",
+            f"Command: `python benchmarks/on_policy_demo.py --seeds {' '.join(map(str, seeds))}`",
             "",
-            f"Accuracy on 400 problems that none has seen. `start` is a student after {START_STEPS} off-policy steps; each round",
-            f"goes on from it for {STEPS} steps (learning rate 1e-3), the off-policy one until it has scored as many tokens as the",
-            "longest of the others. The demo's training rows hold slips (one calculation in four is wrong); the teacher's",
-            "answers and the student's own do not come from these rows.",
+            f"Accuracy on 400 problems that none has seen. `start` is a student after {START_STEPS} off-policy steps; each",
+            f"round goes on from it for {STEPS} steps (learning rate 1e-3), the off-policy one until it has scored as many",
+            "tokens as the longest of the others. The demo's training rows hold slips (one calculation in four is wrong);",
+            "the teacher's answers and the student's own do not come from these rows.",
             "",
             "| " + " | ".join(head) + " |",
             "|---|" + "---:|" * (len(head) - 1),
@@ -141,7 +148,7 @@ def main() -> None:
         shown.add_row(*line)
     Console().print(shown)
     if arguments.output:
-        write_whole(arguments.output, report(head, lines))
+        write_whole(arguments.output, report(head, lines, seeds))
 
 
 if __name__ == "__main__":

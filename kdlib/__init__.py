@@ -24,12 +24,14 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         GeneralizedJSD,
         PlackettLuce,
         ReverseKL,
+        SampledReverseKL,
         SkewKL,
         SkewReverseKL,
         Sum,
         TotalVariation,
     )
-    from kdlib.teachers import CachedTeacher, HFTeacher
+    from kdlib.samplers import RolloutConfig
+    from kdlib.teachers import CachedTeacher, EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher
     from kdlib.trainers import DistillationConfig, DistillationTrainer
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
@@ -43,6 +45,7 @@ __all__ = [
     "DecoupledTopK",
     "DistillationConfig",
     "DistillationTrainer",
+    "EnsembleTeacher",
     "ForwardKL",
     "GeneralizedJSD",
     "HFTeacher",
@@ -52,6 +55,10 @@ __all__ = [
     "PlackettLuce",
     "Positions",
     "ReverseKL",
+    "RolloutConfig",
+    "RoutedTeacher",
+    "SampledReverseKL",
+    "SelfTeacher",
     "SkewKL",
     "SkewReverseKL",
     "StudentSignal",
@@ -59,13 +66,15 @@ __all__ = [
     "Support",
     "TeacherSignal",
     "TotalVariation",
+    "VLLMTeacher",
     "__version__",
     "evaluate",
 ]
 
 _ELSEWHERE = {
     "kdlib.eval": ("evaluate",),
-    "kdlib.teachers": ("CachedTeacher", "HFTeacher"),
+    "kdlib.samplers": ("RolloutConfig",),
+    "kdlib.teachers": ("CachedTeacher", "EnsembleTeacher", "HFTeacher", "RoutedTeacher", "SelfTeacher", "VLLMTeacher"),
     "kdlib.trainers": ("DistillationConfig", "DistillationTrainer"),
     "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),
 }

@@ -205,8 +205,8 @@ class Positions:
 
     ``index`` [N] into the flattened [B * S] hidden states; ``labels`` [N] the token that follows; ``sequence`` [N] the sequence
     a row belongs to; ``weight`` [N]; ``drawn`` [N] log-prob with which the label was drawn, NaN where it was not;
-    ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N] and
-    ``teacher_chunk`` [N'] for another tokenisation.
+    ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N]
+    and ``teacher_chunk`` [N'] for another tokenisation.
     """
 
     index: Tensor
@@ -307,8 +307,8 @@ class SamplingParams:
 class Completion:
     """Generated token ids, the stop token included, and ``logp`` of each under the distribution it was drawn from (nats).
 
-    That distribution is after temperature, top_k and top_p; for a greedy choice it is the model's own at temperature 1. ``finish``
-    is "stop" after a stop token and "length" at max_tokens or at the end of the model's context.
+    That distribution is after temperature, top_k and top_p; for a greedy choice it is the model's own at temperature 1.
+    ``finish`` is "stop" after a stop token and "length" at max_tokens or at the end of the model's context.
     """
 
     ids: list[int]

@@ -23,20 +23,21 @@ class CacheArguments:
     """Which teacher speaks about which rows, and how much of it is kept.
 
     Args:
-        teacher: the teacher, a path or Hub id.
+        teacher: the teacher, a path, Hub id, or URL of a vLLM server (hidden or topk).
         dataset_name: rows, as for kdlib distill.
         output_dir: the directory to write.
         dataset_config: configuration name of a Hub dataset.
         dataset_train_split: split of the rows.
         k: how many log-probs per token are kept (or drawn).
         kind: topk keeps the k likeliest and the mass outside; sampled draws k ids from the teacher.
-        bits: 16 or 8 bits per log-prob; the error of 8 bits is measured and written down.
+        bits: 32, 16 or 8 bits per log-prob; the error of 8 and 16 bits is measured and written down.
         temperature: the temperature the signals are captured at; the objective must use the same.
         max_length: rows longer than this keep their first max_length tokens; use the same in training.
         packing: prepare packed rows; a cache serves packed and unpacked training alike.
         skip_bad_rows: drop rows that cannot be trained on instead of stopping.
         chat_template_kwargs: passed to the chat template; use the same in training.
         batch_size: rows at a time.
+        teacher_checkpoint: path or Hub id of what the teacher's URL serves, where the server's own name for it is neither.
         dtype: the teacher's weights, auto (as saved), float32 or bfloat16.
         attn_implementation: sdpa, eager, flash_attention_2 or another of transformers.
         device: cpu, cuda or cuda:N; chosen when left out.
@@ -53,7 +54,7 @@ class CacheArguments:
     dataset_train_split: str = "train"
     k: int = 64
     kind: Literal["topk", "sampled"] = "topk"
-    bits: Literal[16, 8] = 16
+    bits: Literal[32, 16, 8] = 16
     temperature: float = 1.0
     max_length: int = 1024
     packing: bool = False
@@ -62,6 +63,7 @@ class CacheArguments:
     batch_size: int = 8
     dtype: str = "auto"
     attn_implementation: str | None = None
+    teacher_checkpoint: str | None = None
     device: str | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
@@ -107,20 +109,20 @@ def _write(a: CacheArguments) -> Any:
     import torch
 
     from kdlib.data import load_rows, prepare_dataset
-    from kdlib.teachers import HFTeacher
+    from kdlib.teachers import HFTeacher, VLLMTeacher, resolve_teacher
     from kdlib.teachers.write_cache import write_cache
 
     rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
     device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    teacher = HFTeacher(
-        a.teacher,
-        dtype=a.dtype,
-        attn_implementation=a.attn_implementation,
-        load_in_8bit=a.load_in_8bit,
-        load_in_4bit=a.load_in_4bit,
-        trust_remote_code=a.trust_remote_code,
-    )
-    teacher.place(device)
+    loading = {"dtype": a.dtype, "trust_remote_code": a.trust_remote_code}
+    quantized = {"load_in_8bit": a.load_in_8bit, "load_in_4bit": a.load_in_4bit}
+    served = {**loading, "k": a.k, "model": a.teacher_checkpoint}
+    options = {**loading, **quantized, "attn_implementation": a.attn_implementation, "served": served}
+    teacher = resolve_teacher(a.teacher, options)
+    if not isinstance(teacher, HFTeacher | VLLMTeacher):
+        raise ValueError(f"teacher {a.teacher} is a cache already: give the model, or the URL that serves it")
+    if isinstance(teacher, HFTeacher):
+        teacher.place(device)
     assert teacher.tokenizer is not None
     prepared = prepare_dataset(
         rows,

@@ -173,11 +173,13 @@ def _prompts(a: GenerateArguments, rows: Any, source: Source) -> Prompts:
 
 
 def _writer(a: GenerateArguments, prompts: Prompts, source: Source) -> TraceWriter:
+    from kdlib.cli.generate_verify import verifier_fingerprint
     from kdlib.data.traces import TraceWriter
 
+    contents = {"prompts": prompts.fingerprint, "verifier_file": verifier_fingerprint(a.verify)}
     return TraceWriter(
         a.output_dir,
-        source.settings | {name: getattr(a, name) for name in SAME} | {"prompts": prompts.fingerprint},
+        source.settings | {name: getattr(a, name) for name in SAME} | contents,
         prompts=len(prompts),
         rows_per_shard=a.rows_per_shard,
         prompts_per_batch=max(1, a.generation_batch_size // a.num_generations),

@@ -15,13 +15,13 @@ from kdlib.samplers.config import RolloutConfig
 from kdlib.serving.client import Served, ServerClient
 from kdlib.serving.command import serve_command
 from kdlib.tokenizers.identity import tokenizer_fingerprint
-from kdlib.trainers.turns import end_of_turn
+from kdlib.trainers.turns import stop_ids
 from kdlib.types import Sampler
 
 if TYPE_CHECKING:
     from kdlib.cli.generate import GenerateArguments
 
-DRAWN = ("engine", "temperature", "top_p", "top_k", "batch_size")  # what of the rollout options the completions depend on
+DRAWN = ("engine", "temperature", "top_p", "top_k")  # what of the rollout options the completions depend on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Source:
         if self.rollout.engine == "vllm":
             from kdlib.samplers import VLLMSampler
 
-            return VLLMSampler(self.checkpoint, self.rollout, dtype=a.dtype, seed=a.seed)
+            return VLLMSampler(self.checkpoint, self.rollout, dtype=a.dtype, seed=a.seed, trust_remote_code=a.trust_remote_code)
         if self.rollout.engine == "server":
             from kdlib.samplers import ServerSampler
 
@@ -81,7 +81,7 @@ class Source:
         if quantized is None:
             model.to(device)
         assert isinstance(self.tokenizer.pad_token_id, int)
-        return HFSampler(model.eval(), pad_token_id=self.tokenizer.pad_token_id, batch_size=self.rollout.batch_size)
+        return HFSampler(model.eval(), pad_token_id=self.tokenizer.pad_token_id)
 
 
 def source_of(a: GenerateArguments) -> Source:
@@ -91,6 +91,7 @@ def source_of(a: GenerateArguments) -> Source:
         if rollout.url not in (None, a.model):
             raise ValueError(f"model {a.model} and rollout.url {rollout.url} are two servers: leave one out")
         rollout = replace(rollout, engine="server", url=a.model)
+    _refuse_unused(a, rollout)
     served = _served(a, rollout) if rollout.engine == "server" else None
     checkpoint = a.model if served is None or rollout is a.rollout else served.root
     home = a.tokenizer or checkpoint
@@ -108,6 +109,14 @@ def source_of(a: GenerateArguments) -> Source:
         stop_ids=_stop_ids(home if served else checkpoint, config, tokenizer, a.chat_template_kwargs or {}),
         context=_context(rollout, served, config),
     )
+
+
+def _refuse_unused(a: GenerateArguments, rollout: RolloutConfig) -> None:
+    """ValueError for options that only a model in this process has."""
+    given = {"attn_implementation": a.attn_implementation, "load_in_8bit": a.load_in_8bit, "load_in_4bit": a.load_in_4bit}
+    used = [name for name, value in {**given, "device": a.device}.items() if value]
+    if used and rollout.engine != "hf":
+        raise ValueError(f"{', '.join(used)}: for rollout.engine hf, not {rollout.engine}; leave it out")
 
 
 def _served(a: GenerateArguments, rollout: RolloutConfig) -> Served:
@@ -143,11 +152,4 @@ def _stop_ids(
         given = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:
         given = None if config is None else config.get_text_config().eos_token_id
-    found = set(given if isinstance(given, list) else [given]) | {
-        tokenizer.eos_token_id,
-        end_of_turn(tokenizer, template_kwargs),
-    }
-    ids = tuple(sorted(i for i in found if i is not None))
-    if not ids:
-        raise ValueError(f"{name} has no token that ends an answer: set eos_token_id in its generation_config.json")
-    return ids
+    return stop_ids(given, tokenizer, template_kwargs)

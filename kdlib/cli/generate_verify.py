@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
+from pathlib import Path
+
+import xxhash
 
 from kdlib.cli.grammar import load_user_module
 from kdlib.verifiers import ExactNumber, MathVerify, UserCallable, Verifier
@@ -29,6 +32,12 @@ def load_verifier(name: str | None, *, answer_column: str, columns: Collection[s
     verifier = MathVerify(column=answer_column)
     stack.callback(verifier.close)
     return verifier
+
+
+def verifier_fingerprint(name: str | None) -> str | None:
+    """Of the user's file, so that verdicts of two versions of it are not mixed; None for a verifier of ours or a module."""
+    source = (name or "").rpartition(":")[0]
+    return xxhash.xxh64_hexdigest(Path(source).read_bytes()) if source.endswith(".py") else None
 
 
 def _own(name: str) -> UserCallable:

@@ -73,7 +73,7 @@ def _rows(cls: type, *, everything: bool) -> list[tuple[str, str, str]]:
 
 def nested(cls: type) -> dict[str, type]:
     """{option: dataclass} of the options that are groups of options, such as ``rollout``."""
-    made: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(cls)}
     names = [name for name in option_names(cls) if name not in CLASS_KEYS]
     return {name: made[name] for name in names if isinstance(made[name], type) and dataclasses.is_dataclass(made[name])}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.models import parameter_count
-from kdlib.teachers import HFTeacher
+from kdlib.teachers import HFTeacher, leaves
 
 
 def plan(trainer: Any) -> dict[str, Any]:
@@ -31,10 +31,16 @@ def plan(trainer: Any) -> dict[str, Any]:
         "optimizer_steps": int(steps),
         "processes": trainer.accelerator.num_processes,
     }
-    if isinstance(trainer.teacher, HFTeacher):
-        parameters = list(trainer.teacher.model.parameters())
+    models = [teacher.model for teacher in leaves(trainer.teacher) if isinstance(teacher, HFTeacher)]
+    if models:
+        parameters = [p for model in models for p in model.parameters()]
         found["teacher_parameters"] = sum(p.numel() for p in parameters)
         found["teacher_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    if args.on_policy_fraction:
+        found["completions_per_step"] = round(
+            args.train_batch_size * args.gradient_accumulation_steps * args.on_policy_fraction
+        )
+        found["completion_tokens_per_step_at_most"] = found["completions_per_step"] * args.max_completion_length
     return found
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from kdlib.data.chat import ChatFormat, conversation_draft
 from kdlib.data.draft import UNSCORED, BadRowError, Draft, Encoded, TokenRow, common_prefix, first_scored, scored_row
 from kdlib.data.messages import chat_messages, parsed_json, without_nulls
-from kdlib.tokenizers.identity import tool_schemas
+from kdlib.tokenizers.identity import tokenizer_fingerprint, tool_schemas
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,11 @@ def row_kind(rows: Dataset, *, tokenizer: PreTrainedTokenizerBase, prompts_only:
                 raise ValueError(
                     "teacher_prompt takes the place of a prompt: give rows with `messages`, or `prompt` and "
                     "`completion` (rows of token ids take `teacher_prompt_ids`)"
+                )
+            if kind == "tokens" and "tokenizer" in columns and rows[0]["tokenizer"] != tokenizer_fingerprint(tokenizer):
+                raise ValueError(
+                    "the rows' token ids were written with another tokenizer: select the column `messages` "
+                    "(docs/generate.md shows how)"
                 )
             chatty = kind == "messages" or (kind in ("pair", "prompt") and not isinstance(rows[0]["prompt"], str))
             if chatty and tokenizer.chat_template is None:

@@ -9,7 +9,7 @@ import torch
 from kdlib.types import Sampler
 
 
-class StaleEngineError(RuntimeError):
+class StaleEngineError(ValueError):
     """The rollout engine does not have the student's weights; going on would train on another model's samples."""
 
 
@@ -36,6 +36,6 @@ def verify_sync(
             f"after a weight sync the rollout engine's log-probs differ from the student's by {difference:.3g} nats "
             f"(rollout.sync_tolerance {tolerance:g}): the engine still has old weights. vLLM on CPU does this when input and "
             "output embeddings are tied: give them tensors of their own with kdlib.samplers.untie(model), or use "
-            "rollout.engine hf; for a bfloat16 engine raise the tolerance to 0.05"
+            "rollout.engine hf; an engine that computes in 16 bits wants a tolerance of 0.2"
         )
     return difference

@@ -26,7 +26,13 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, checkpoint: str | os.PathLike[str], config: RolloutConfig, *, dtype: str = "auto", seed: int = 0
+        self,
+        checkpoint: str | os.PathLike[str],
+        config: RolloutConfig,
+        *,
+        dtype: str = "auto",
+        seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         if config.sleep and not torch.cuda.is_available():
             raise ValueError("rollout.sleep frees the memory of a GPU, and there is none here: leave it out")
@@ -40,6 +46,7 @@ class VLLMSampler:
             seed=seed,
             logprobs_mode="processed_logprobs",
             enable_sleep_mode=config.sleep,
+            trust_remote_code=trust_remote_code,
         )
         self._scorer = EngineScorer(self.engine, name=Path(checkpoint).name)
 

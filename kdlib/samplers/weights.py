@@ -17,8 +17,10 @@ from kdlib.models import inner
 Weights = Iterator[tuple[str, Tensor]]
 
 
-def merged_weights(model: nn.Module) -> Weights:
+def merged_weights(model: nn.Module, *, untied: bool = False) -> Weights:
     """(name, tensor) of a transformers or peft model, as ``save_pretrained`` would write it merged; training is not disturbed.
+
+    untied: give tied output embeddings under their own name too, for an engine that keeps two tensors.
 
     Adapted layers are merged one at a time, in copies, so that no second model is held (except for architectures that are laid
     out differently on disk, such as mixtures of experts). Raises ValueError for what cannot be merged: a quantised base,
@@ -30,6 +32,14 @@ def merged_weights(model: nn.Module) -> Weights:
         yield from revert_weight_conversion(base, dict(_weights(base, "", set()))).items()
     else:
         yield from _weights(base, "", set())
+    if untied and is_tied(base):
+        head = base.get_output_embeddings().weight
+        yield next((n, p.detach()) for n, p in reversed([*base.named_parameters(remove_duplicate=False)]) if p is head)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether input and output embeddings are one tensor."""
+    return bool(inner(model).config.get_text_config().tie_word_embeddings)
 
 
 def _weights(module: nn.Module, prefix: str, seen: set[nn.Parameter]) -> Weights:
@@ -81,7 +91,7 @@ def _active(wrapper: AuxiliaryTrainingWrapper, prefix: str) -> nn.Module:
 def _check_ties(base: nn.Module) -> None:
     ends = base.get_input_embeddings(), base.get_output_embeddings()  # type: ignore[operator]
     adapted = [isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in ends]
-    if any(adapted) and base.config.get_text_config().tie_word_embeddings:  # type: ignore[union-attr, operator]
+    if any(adapted) and is_tied(base):
         raise ValueError(
             "the student's input and output embeddings are tied and have an adapter: a checkpoint cannot hold two versions; "
             "leave them out of the adapter's target modules, untie them first, or use rollout.engine hf"
@@ -95,7 +105,7 @@ def untie(model: nn.Module) -> None:
     Training then changes the two apart, and a checkpoint holds both.
     """
     base = inner(model)
-    if not base.config.get_text_config().tie_word_embeddings:
+    if not is_tied(base):
         return
     head = base.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=head.weight.requires_grad)

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import cached_file
 
 from kdlib.head import Head
@@ -71,10 +70,23 @@ def _read(files: dict[str, str], keys: list[str], *, checkpoint: str) -> Tensor:
     raise ValueError(f"{checkpoint} has no {' or '.join(dict.fromkeys(keys))} among its tensors: which is its head?")
 
 
+class _BackboneOutput:
+    """A backbone's output with the last hidden state alone; whatever else a model copies from it is None."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, place: int | slice) -> Any:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _check(model: PreTrainedModel, weight: Tensor) -> None:
     """ValueError unless Head.of(model) equals what the model itself makes of hidden states; the backbone is not run."""
     hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    model.get_decoder().forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    model.get_decoder().forward = lambda *_, **__: _BackboneOutput(hidden)
     theirs = model(input_ids=torch.arange(4)[None], use_cache=False).logits[0].float()
     ours = Head.of(model)(hidden[0]).float()
     tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2

@@ -21,8 +21,17 @@ def chosen(models: Sequence[Served], model: str | None, *, name: str) -> tuple[S
     """(the served model, the checkpoint it is): the one that ``model`` names, by id or checkpoint, or the only one.
 
     A directory, or a Hub id where the server names a directory, is taken for the checkpoint of the only served model. Raises
-    ValueError that lists what is served when ``model`` is none of it.
+    ValueError that lists what is served when ``model`` is none of it, and when the checkpoint is not to be had here.
     """
+    served, checkpoint = _named(models, model, name=name)
+    if Path(checkpoint).is_absolute() and not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"{name} serves {checkpoint}, which is not on this machine: set model to a copy of it here, or to its Hub id"
+        )
+    return served, checkpoint
+
+
+def _named(models: Sequence[Served], model: str | None, *, name: str) -> tuple[Served, str]:
     listed = ", ".join(sorted({one.name for one in models} | {one.root for one in models}))
     named = [one for one in models if model in (one.name, one.root)]
     if named:
@@ -60,7 +69,7 @@ def check_hidden(scorer: Scorer, head: Head, *, checkpoint: str, command: str) -
             f"the hidden states of {scorer.name} are {answer.shape[-1]} wide, the head of {checkpoint} takes {width}: "
             "set model to the checkpoint that is served"
         )
-    if (answer.float().norm(dim=-1) - 1.0).abs().max() < _SPREAD:
+    if (answer.float().norm(dim=-1) - 1.0).abs().median() < _SPREAD:  # a padding token's can be 0 throughout
         raise ValueError(f"{scorer.name} normalises its hidden states to length 1: start it with `{command}`")
 
 

@@ -68,6 +68,8 @@ class VLLMTeacher:
         timeout: float = 120.0,
         patience: float = 300.0,
     ) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
         served = not isinstance(source, str) or source.startswith(("http://", "https://"))
         self.k, self.temperature, self.bad_rows = k, temperature, set[int]()
         self.vocab_size: int | None = None
@@ -77,9 +79,9 @@ class VLLMTeacher:
         self._client = ServerClient(source, timeout=timeout, patience=patience, concurrency=concurrency) if served else None
         self.kind: Kind = "hidden" if signal == "auto" else signal
         self._served, self.checkpoint = self._found(source, model)
+        self.tokenizer = load_tokenizer(self.checkpoint, **self._hub)
         self._config = AutoConfig.from_pretrained(self.checkpoint, **self._hub)
         self.dtype: torch.dtype = (self._config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        self.tokenizer = load_tokenizer(self.checkpoint, **self._hub)
         scorers = self._scorers()
         self.scorer, self.name = scorers[0], scorers[0].name
         if served and signal == "auto" and not gives_hidden(self.scorer):
@@ -168,13 +170,21 @@ class VLLMTeacher:
         if max_length is not None:
             self._check_length(max_length)
 
-    def _check_length(self, tokens: int) -> None:
-        spare = 0 if self.kind == "hidden" else 1  # vLLM generates a token after the ones it scores
+    @property
+    def longest_row(self) -> int | None:
+        """The most tokens that a row may have; None when the server does not say."""
         limit = self.scorer.max_model_len
-        if limit is not None and tokens + spare > limit:
-            longer = shlex.join([*shlex.split(self.command), "--max-model-len", str(tokens + spare)])
+        return None if limit is None else limit - self._spare
+
+    @property
+    def _spare(self) -> int:
+        return 0 if self.kind == "hidden" else 1  # vLLM generates a token after the ones it scores
+
+    def _check_length(self, tokens: int) -> None:
+        if self.longest_row is not None and tokens > self.longest_row:
+            longer = shlex.join([*shlex.split(self.command), "--max-model-len", str(tokens + self._spare)])
             raise ValueError(
-                f"rows of {tokens} tokens are longer than {self.name} takes ({limit - spare}): lower max_length, "
+                f"rows of {tokens} tokens are longer than {self.name} takes ({self.longest_row}): lower max_length, "
                 f"or start it with `{longer}`"
             )
 

@@ -53,7 +53,7 @@ def write_cache(
 
     kind: ``topk`` keeps the k likeliest tokens and the log of the mass outside; ``sampled`` keeps k tokens
     drawn with replacement from p at ``temperature`` by a generator keyed by (seed, sample_id).
-    bits: 16 or 8 per log-prob. device: where batches and their rows go; the teacher's own, for speed.
+    bits: 32, 16 or 8 per log-prob. device: where batches and their rows go; the teacher's own, for speed.
     The same call again continues an interrupted writing. Samples for which a served teacher has no usable answer are left
     out. Raises ValueError when ``directory`` holds another cache, when the teacher gives less than is to be kept, or for values
     that make no cache.
@@ -137,18 +137,17 @@ def _batches(rows: list[Row], *, batch_size: int) -> list[list[Row]]:
 def _block(teacher: Teacher, rows: list[Row], *, meta: CacheMeta, device: str | torch.device) -> Block | None:
     """What is kept of the teacher's signal for one batch of rows; None when it has none for any of them."""
     collate = DistillationCollator(pad_token_id=0)  # any id will do, as nothing looks at padding
-    batch = {name: x.to(device) for name, x in collate(rows).items()}
+    batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in collate(rows).items()}
     positions, sample_id = causal_positions(batch), batch["sample_id"].cpu()
-    count, usable = (
-        torch.bincount(positions.sequence.cpu(), minlength=len(sample_id)),
-        torch.ones(len(sample_id), dtype=torch.bool),
-    )
+    count = torch.bincount(positions.sequence.cpu(), minlength=len(sample_id))
+    bad: list[int] = []
     try:
         signal: TeacherSignal | None = teacher.signal(batch, positions)
     except BadRowsError as error:
-        signal, usable = error.signal, ~torch.isin(sample_id, torch.tensor(error.samples))
+        signal, bad = error.signal, error.samples
     if signal is None:
         return None
+    usable = ~torch.isin(sample_id, torch.tensor(bad, dtype=torch.long))
     sample_id, count = sample_id[usable], count[usable]
     if meta.kind == "topk":
         keep: Keep = partial(_keep_top, k=meta.k)

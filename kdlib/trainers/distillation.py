@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):
         for rows in (self.train_rows, self.eval_rows):
             setup.check_labels(rows, self.vocab_size)
         setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
-        setup.check_rollouts(self.teacher, self.train_rows, args)
+        setup.check_rollouts(self.teacher, self.objective, args)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
         check_head(student, role="student")
         self.published_dtype = setup.published_dtype(model, args)
@@ -102,7 +102,7 @@ class DistillationTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        setup.check_parallelism(self.args, self.accelerator)
+        setup.check_parallelism(self.args, self.accelerator, self.teacher)
         setup.place(self.teacher, self.accelerator.device)
         for teacher in setup.self_teachers(self.teacher):
             teacher.bind_student(self.model, dtype=args.compute_dtype)
@@ -390,8 +390,9 @@ class DistillationTrainer(Trainer):
         for name in ("scored_tokens", "seen_tokens"):
             setattr(self, name, torch.tensor(saved[name] if saved else 0.0, dtype=torch.float64))
         self._window_start = (self._watch.now(), float(self.seen_tokens))
-        for teacher in setup.self_teachers(self.teacher) if saved else ():
-            teacher.load(saved["directory"])
+        if saved:
+            for teacher in setup.self_teachers(self.teacher):
+                teacher.load(saved["directory"])
 
     def close(self) -> None:
         """Ends engines that this trainer started."""
@@ -402,7 +403,8 @@ class DistillationTrainer(Trainer):
         """Rows as they are where rollouts come first, collated batches otherwise."""
         if self.on_policy is None:
             return super().get_train_dataloader()
-        collate, self.data_collator = self.data_collator, as_rows
+        collate: Any = self.data_collator
+        self.data_collator: Any = as_rows
         try:
             return super().get_train_dataloader()
         finally:

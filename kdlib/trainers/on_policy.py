@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,15 @@ from safetensors.torch import save
 
 from kdlib.files import write_whole
 from kdlib.models import inner
-from kdlib.samplers import HFSampler, ServerSampler, VLLMSampler, merged_weights, probe_sequences, verify_sync
+from kdlib.samplers import (
+    HFSampler,
+    ServerSampler,
+    StaleEngineError,
+    VLLMSampler,
+    merged_weights,
+    probe_sequences,
+    verify_sync,
+)
 from kdlib.teachers import HFTeacher, VLLMTeacher, leaves
 from kdlib.trainers import turns
 from kdlib.trainers.correction import Correction
@@ -57,8 +66,11 @@ class OnPolicy:
         for member in leaves(trainer.teacher):
             if isinstance(member, HFTeacher | VLLMTeacher) and member.tokenizer is not None:
                 turns.warn(turns.compare(tokenizer, member.tokenizer, args.chat_template_kwargs or {}))
-        stops = turns.stop_ids(model, tokenizer, args.chat_template_kwargs or {})
+        generation = inner(model).generation_config
+        eos = None if generation is None else generation.eos_token_id
+        stops = turns.stop_ids(eos, tokenizer, args.chat_template_kwargs or {})
         self.params = args.rollout.params(args.max_completion_length, stops)
+        self.untied = False
         self.student = self._of(model)
         self.sampler = self._sampler(model)
         self.rollouts = Rollouts(
@@ -86,7 +98,9 @@ class OnPolicy:
             return ServerSampler(args.rollout.url, args.rollout)
         if several:
             raise ValueError("rollout.engine vllm runs inside one training process: with several use rollout.engine server")
-        dtype = "auto" if args.compute_dtype is None else str(args.compute_dtype).removeprefix("torch.")
+        # vLLM on CPU packs the output embeddings once and would keep them when tied ones change
+        self.untied = not torch.cuda.is_available()
+        dtype = str(args.compute_dtype or torch.float32).removeprefix("torch.")
         return VLLMSampler(self._checkpoint(model), args.rollout, dtype=dtype, seed=args.seed)
 
     def _context(self, model: torch.nn.Module) -> int:
@@ -107,9 +121,12 @@ class OnPolicy:
     def _checkpoint(self, model: torch.nn.Module) -> str:
         """The student as it starts, on disk, for an engine to load its shape from; weights are pushed before each step."""
         path = Path(self.trainer.args.output_dir) / "rollout_engine"
-        inner(model).config.save_pretrained(path)
+        config = copy.deepcopy(inner(model).config)
+        if self.untied:
+            config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+        config.save_pretrained(path)
         self.trainer.processing_class.save_pretrained(path)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in merged_weights(model)}
+        tensors = {name: tensor.cpu().clone() for name, tensor in merged_weights(model, untied=self.untied)}
         write_whole(path / "model.safetensors", save(tensors, metadata={"format": "pt"}))
         return str(path)
 
@@ -130,10 +147,9 @@ class OnPolicy:
     def next(self, pull: Callable[[], list[Batch]], *, step: int) -> Step:
         """The batches of ``step`` (1-based), from what ``pull`` gives; an empty list from it ends the epoch."""
         if not self.ahead:
-            if self.stale(step):
-                self._sync(self._snapshot(step))
-                self._synced = step
-            return self._made((pull(), None), step)
+            snapshot = self._snapshot(step) if self.stale(step) else None
+            self._synced = step
+            return self._made((pull(), snapshot), step)
         if self.lookahead is None:
             self.lookahead = Lookahead(self._made, depth=self.trainer.args.max_staleness)
         newest = [self._snapshot(step)] if self.stale(step) else []
@@ -157,12 +173,26 @@ class OnPolicy:
             self._sync(snapshot)
         start = time.perf_counter()
         sizes = [len(batch["rows"]) for batch in batches]
-        rows, counts = self.rollouts([row for batch in batches for row in batch["rows"]], step=step)
+        drawn = [row for batch in batches for row in batch["rows"]]
+        try:
+            rows, counts = self._drawn(drawn, snapshot, step)
+        except StaleEngineError:  # a server that was restarted meanwhile has the weights it started with
+            if snapshot is None or self.trainer.accelerator.num_processes > 1:
+                raise
+            self._sync(snapshot)
+            rows, counts = self._drawn(drawn, snapshot, step)
         made = Step(batches=list(self._collated(iter(rows), sizes)), counts=counts)
         made.seconds["rollout"] = time.perf_counter() - start
         if self.ahead and not self.trainer.teacher_signals.inside_forward:
             self._add_signals(made)
         return made
+
+    def _drawn(self, rows: list[Row], snapshot: Snapshot | None, step: int) -> tuple[list[Row], RolloutCounts]:
+        """Rows with completions; StaleEngineError when the engine did not have the snapshot's weights until the end."""
+        found = self.rollouts(rows, step=step)
+        if snapshot is not None and snapshot.probes:
+            self._verify(snapshot)
+        return found
 
     def _collated(self, rows: Iterator[Row], sizes: list[int]) -> Iterator[Batch]:
         for size in sizes:
@@ -180,7 +210,8 @@ class OnPolicy:
         """The student as it is now; its tensors are copied where it goes on changing meanwhile."""
         args = self.trainer.args
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        weights = [(name, tensor.detach().clone() if self.ahead else tensor) for name, tensor in merged_weights(model)]
+        found = merged_weights(model, untied=self.untied)
+        weights = [(name, tensor.clone() if self.ahead else tensor) for name, tensor in found]
         if args.rollout.engine == "hf":  # a copy of the same modules: names and shapes are checked when they are loaded
             return Snapshot(weights=weights, probes=[], expected=[])
         probes = probe_sequences(self.trainer.vocab_size, seed=args.seed + step)
@@ -191,12 +222,15 @@ class OnPolicy:
         accelerator = self.trainer.accelerator
         if accelerator.is_main_process or self.trainer.args.rollout.engine != "server":
             self.sampler.load(iter(snapshot.weights))
-            if snapshot.probes:
-                verify_sync(
-                    self.sampler, snapshot.expected, snapshot.probes, tolerance=self.trainer.args.rollout.sync_tolerance
-                )
+            self._verify(snapshot)
         if not self.ahead:
             accelerator.wait_for_everyone()
+
+    def _verify(self, snapshot: Snapshot) -> None:
+        if snapshot.probes:
+            args = self.trainer.args
+            tolerance = args.rollout.sync_tolerance or (0.01 if args.compute_dtype is None else 0.2)
+            verify_sync(self.sampler, snapshot.expected, snapshot.probes, tolerance=tolerance)
 
     def clear(self) -> None:
         """Forgets rollouts made ahead."""

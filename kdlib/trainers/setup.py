@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import load_model, load_tokenizer
-from kdlib.objectives import Objective, ReverseKL, RowObjective, SkewReverseKL, Sum
-from kdlib.teachers import CachedTeacher, HFTeacher, SelfTeacher, VLLMTeacher, leaves
+from kdlib.objectives import Objective, ReverseKL, RowObjective, SampledReverseKL, SkewReverseKL, Sum
+from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.repeats import RepeatedRows
@@ -189,8 +189,16 @@ def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
     return [member for member in leaves(teacher) if isinstance(member, SelfTeacher)]
 
 
-def check_rollouts(teacher: Teacher | None, rows: Prepared | None, args: DistillationConfig) -> None:
+def _has_part(objective: Objective, kind: type[Objective]) -> bool:
+    parts = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
+    return isinstance(objective, kind) or any(_has_part(part, kind) for part in parts)
+
+
+def check_rollouts(teacher: Teacher | None, objective: Objective, args: DistillationConfig) -> None:
     """ValueError for what rollouts cannot be trained on with."""
+    own = args.on_policy_fraction > 0 and args.rollout_source != "teacher"
+    if not own and _has_part(objective, SampledReverseKL):
+        raise ValueError("SampledReverseKL learns from the student's own samples: set on_policy_fraction 1")
     if args.on_policy_fraction == 0:
         return
     if any(isinstance(member, CachedTeacher) for member in leaves(teacher)):
@@ -231,12 +239,11 @@ def repeated(rows: Dataset, args: DistillationConfig) -> Any:
 
 
 def check_cached(teacher: Teacher | None, train: Prepared | None, held_out: Prepared | None) -> None:
-    """ValueError before training when a cached teacher does not know the rows."""
-    for member in leaves(teacher):
-        if isinstance(member, CachedTeacher):
-            for what, rows in (("training", train), ("evaluation", held_out)):
-                if rows is not None:
-                    member.check_rows(rows.dataset, what=what)
+    """ValueError before training when a cached teacher does not know the rows, or a row's teacher is none of those given."""
+    if isinstance(teacher, CachedTeacher | RoutedTeacher):
+        for what, rows in (("training", train), ("evaluation", held_out)):
+            if rows is not None:
+                teacher.check_rows(rows.dataset, what=what)
 
 
 def check_labels(rows: Prepared | None, vocab_size: int) -> None:
@@ -252,13 +259,16 @@ def check_labels(rows: Prepared | None, vocab_size: int) -> None:
             )
 
 
-def check_parallelism(args: DistillationConfig, accelerator: Accelerator) -> None:
+def check_parallelism(args: DistillationConfig, accelerator: Accelerator, teacher: Teacher | None) -> None:
     """ValueError for ways of running that would train wrongly."""
     if args.n_gpu > 1:
         raise ValueError(
             "several GPUs in one process (DataParallel) are not supported: start with accelerate launch or torchrun"
         )
-    if args.on_policy_fraction and accelerator.distributed_type == "FSDP":
+    sharded = accelerator.distributed_type == "FSDP"
+    if sharded and any(member.kind == "ema" for member in self_teachers(teacher)):
+        raise ValueError("SelfTeacher(kind='ema') needs the student's whole weights on each process: use ddp, not fsdp")
+    if sharded and args.on_policy_fraction:
         raise ValueError("rollouts need the student's whole weights on each process, which FSDP does not keep: use ddp")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:

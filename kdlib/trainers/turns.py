@@ -6,11 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data.chat import ChatFormat
-from kdlib.models import inner
 
 logger = logging.getLogger("kdlib.rollouts")
 
@@ -18,17 +16,17 @@ _ASKED = [{"role": "user", "content": "Hello"}]
 _ANSWERED = [*_ASKED, {"role": "assistant", "content": "Hello"}]
 
 
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens after which a rollout ends: eos of generation config and tokenizer, and the template's end of turn.
+def stop_ids(
+    given: int | list[int] | None, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """The tokens that end a completion: ``given`` (a generation config's eos), the tokenizer's eos, the template's end of turn.
 
-    Raises ValueError when there is none, because every rollout would run to the limit.
+    Raises ValueError when there is none, because every completion would run to the limit.
     """
-    config = inner(model).generation_config
-    given = None if config is None else config.eos_token_id
     found = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs)]
     ids = tuple(sorted({i for i in found if i is not None}))
     if not ids:
-        raise ValueError("the student has no token that ends a turn: set eos_token_id in its generation_config.json")
+        raise ValueError("the model has no token that ends a turn: set eos_token_id in its generation_config.json")
     return ids
 
 

@@ -43,6 +43,20 @@ def test_demo_tabulates_its_seeds(tmp_path: Path) -> None:
     assert "| seed | teacher | student, fine-tuned | student, distilled | seconds |" in report.read_text()
 
 
+@pytest.mark.parametrize("script", ["on_policy", "on_policy_demo"])
+def test_on_policy_compares_with_others(script: str, tmp_path: Path) -> None:
+    report = tmp_path / "table.md"
+    runs = ["--runs", str(tmp_path / "runs")] if script == "on_policy_demo" else []
+    command = [sys.executable, str(LOSS.with_name(f"{script}.py")), "--quick", *runs, "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = {
+        "on_policy": ("| kdlib, hf engine |", "| TRL 1.16 |"),
+        "on_policy_demo": ("| on-policy, reverse KL |", "| off-policy"),
+    }
+    assert all(line in report.read_text() for line in expected[script])
+
+
 @pytest.mark.skipif(not (LOSS.parents[2] / "shared" / "models" / "gsm8k-lm").is_dir(), reason="no ../shared beside the project")
 def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
     report = tmp_path / "gsm8k.md"

@@ -236,7 +236,7 @@ BAD_ROWS = {
         ({"teacher": "nowhere/at/all"}, "no model at nowhere/at/all: the directory does not exist"),
         ({"model": "nowhere/at/all"}, "no tokenizer at nowhere/at/all: the directory does not exist"),
         ({"teacher": "null"}, "ForwardKL needs a teacher: give one (--teacher)"),
-        ({"teacher": "http://localhost:8000/v1"}, "served teachers are not supported yet"),
+        ({"teacher": "http://127.0.0.1:9/v1"}, "vllm serve"),
         ({"eval_strategy": "steps"}, "add --eval_dataset_name or --dataset_test_split"),
         ({"tasks": "x", "include_path": "nowhere"}, "'nowhere' is not a directory"),
         ({"config_overrides": "{hidden_size: 8}"}, "add from_scratch true"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdlib.cli.generate import GenerateArguments
+from kdlib.cli.generate_loop import draw_seed
+from kdlib.cli.help import docs, shown_default
+from kdlib.cli.parsing import option_names, parse
+from kdlib.cli.recipes import recipes
 from tests.cli.conftest import Command, conversation, tree, write_rows
 
 # Judges by the completion's length; raises, abstains or ends the process where the test says so.
@@ -134,14 +140,16 @@ def test_killed_and_started_again_the_files_are_the_same(
     with (left / "metrics.jsonl").open("ab") as metrics:
         metrics.write(b'{"shard": 1, "pro')
 
-    # stopped once more, by SIGTERM within the process
+    # stopped twice more, within the process
     monkeypatch.setenv("KDLIB_TEST_CALL", "3")
-    monkeypatch.setenv("KDLIB_TEST_SIGNAL", str(int(signal.SIGTERM)))
-    stopped = kdlib("generate", **wanted)
-    assert stopped.code == 143 and stopped.err.splitlines()[-1] == "stopped; the same command continues"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setenv("KDLIB_TEST_SIGNAL", str(int(number)))
+        handler = signal.getsignal(number)
+        stopped = kdlib("generate", **wanted)
+        assert stopped.code == 128 + number and stopped.err.splitlines()[-1] == "stopped; the same command continues"
+        assert signal.getsignal(number) is handler
     monkeypatch.delenv("KDLIB_TEST_CALL")
+
     again = kdlib("generate", **wanted)
     assert again.code == 0 and "1 shards are there already" in again.err
     assert same_files(left) == expected
@@ -245,6 +253,12 @@ def test_changed_settings_are_named_and_overwrite_starts_anew(kdlib: Command, wa
     rows = write_rows(tmp_path / "fewer.jsonl", lines(wanted["dataset_name"])[:-4])
     fewer = kdlib("generate", **{**wanted, "dataset_name": rows})
     assert fewer.code == 2 and "prompts: " in fewer.err
+    own = tmp_path / "own.py"
+    own.write_text(VERIFIER)
+    assert kdlib("generate", **{**wanted, "verify": f"{own}:even", "output_dir": tmp_path / "own"}).code == 0
+    own.write_text(VERIFIER + "# changed")
+    edited = kdlib("generate", **{**wanted, "verify": f"{own}:even", "output_dir": tmp_path / "own"})
+    assert edited.code == 2 and "verifier_file: " in edited.err
     assert tree(wanted["output_dir"]) == before
     assert kdlib("generate", "--overwrite", **{**wanted, "num_generations": 2}).code == 0
     assert sum(trace["count"] for trace in traces(wanted["output_dir"])) == 20
@@ -261,6 +275,12 @@ def test_changed_settings_are_named_and_overwrite_starts_anew(kdlib: Command, wa
         ({"model": "./absent"}, "no tokenizer at ./absent"),
         ({"max_prompt_length": 3}, "no row has a usable prompt"),
         ({"rollout.temprature": 0.5}, "rollout.temprature"),
+        ({"rollout.engine": "vllm"}, "device: for rollout.engine hf, not vllm"),
+        (
+            {"model": "http://127.0.0.1:9/v1", "rollout.url": "http://127.0.0.1:8/v1", "rollout.engine": "server"},
+            "are two servers",
+        ),
+        ({"model": "http://127.0.0.1:9/v1"}, "device: for rollout.engine hf, not server"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -269,6 +289,11 @@ def test_mistakes_are_one_line_and_leave_nothing(
     done = kdlib("generate", **{**wanted, **options})
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
     assert not wanted["output_dir"].exists()
+
+
+def test_every_draw_has_a_seed_of_its_own() -> None:
+    seeds = {draw_seed(seed, prompt, i) for seed in range(5) for prompt in (0, 1, 2**63 - 1) for i in range(5)}
+    assert len(seeds) == 75 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("rows", ["correct.jsonl", "shard-*.jsonl"])
@@ -292,3 +317,22 @@ def test_messages_and_the_package_verifiers(kdlib: Command, wanted: dict[str, An
         found = traces(tmp_path / verify)
         assert all(trace["correct"] is not None and len(trace["prompt"]) == 1 for trace in found)
         assert {trace["answer"] for trace in found} == {"$2$", "$3$"}
+
+
+def test_an_unreachable_server_is_one_line_with_the_command_that_starts_one(kdlib: Command, wanted: dict[str, Any]) -> None:
+    options = {name: value for name, value in wanted.items() if name != "device"}
+    done = kdlib("generate", **{**options, "model": "http://127.0.0.1:9/v1"})
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "no vLLM server answers at http://127.0.0.1:9" in done.err and "--logprobs-mode processed_logprobs" in done.err
+
+
+def test_the_documented_defaults_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `--(\w+)` \| (.*?) ?\| .+ \|$", page, flags=re.MULTILINE))
+    assert rows == {name: shown_default(GenerateArguments, name) for name in docs(GenerateArguments)}
+    assert set(option_names(GenerateArguments)) == set(rows)
+
+
+def test_the_recipe_is_a_configuration_that_parses() -> None:
+    options = parse("generate", "", [GenerateArguments], ["--config", str(recipes()["generate"])])
+    assert options is not None and options.build(GenerateArguments).rollout.engine == "vllm"

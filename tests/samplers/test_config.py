@@ -19,7 +19,7 @@ from kdlib.types import SamplingParams
         ({"engine": "server", "url": "http://127.0.0.1:1", "transfer": "files"}, "needs rollout.transfer_dir"),
         ({"transfer": "mpi"}, "choose nccl or files"),
         ({"sleep": True}, "rollout.sleep is for rollout.engine vllm"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1"),
         ({"max_model_len": -1}, "max_model_len must be at least 1"),
         ({"sync_tolerance": 0.0}, "sync_tolerance must be above 0"),
         ({"timeout": -1.0}, "timeout must be above 0"),

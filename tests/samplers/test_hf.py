@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from kdlib.samplers import HFSampler, RolloutConfig, make_sampler, merged_weights
+from kdlib.samplers import HFSampler, merged_weights
 from kdlib.types import Sampler, SamplingParams
 from tests.tiny import tiny_llama
 
@@ -125,9 +125,9 @@ def test_a_row_of_nan_is_skipped_and_named(caplog: pytest.LogCaptureFixture) -> 
     assert "rollout of prompt 1 is skipped" in caplog.text and "NaN" in caplog.text
 
 
-def test_the_default_engine_is_the_student() -> None:
+def test_the_live_student_needs_no_weights() -> None:
     model = tiny_llama(V)
-    sampler = make_sampler(RolloutConfig(batch_size=3), model=model, checkpoint="unused", pad_token_id=0)
-    assert isinstance(sampler, HFSampler) and sampler.model is model and sampler.batch_size == 3
+    sampler = HFSampler(model, pad_token_id=0)
+    assert sampler.model is model
     sampler.load(iter([]))
     sampler.close()

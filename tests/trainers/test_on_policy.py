@@ -27,7 +27,11 @@ GREEDY = {**ON_POLICY, "rollout": RolloutConfig(temperature=0.0)}
 def greedy(model: nn.Module, prompt: list[int], *, length: int = 6) -> list[int]:
     """What transformers' own generate says."""
     made = model.generate(  # type: ignore[operator]
-        torch.tensor([prompt]), max_new_tokens=length, do_sample=False, pad_token_id=0, attention_mask=torch.ones(1, len(prompt))
+        torch.tensor([prompt]),
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=0,
+        attention_mask=torch.ones(1, len(prompt)),
     )
     return made[0, len(prompt) :].tolist()
 
@@ -52,9 +56,7 @@ def test_the_loss_is_that_of_the_students_own_completions(tmp_path: Path) -> Non
 
 
 def test_completions_of_the_teacher_are_sequence_level_distillation(tmp_path: Path) -> None:
-    trainer = trainer_of(
-        tmp_path, rows=PAIRS[:4], objective=CrossEntropy(), config={**GREEDY, "rollout_source": "teacher"}
-    )
+    trainer = trainer_of(tmp_path, rows=PAIRS[:4], objective=CrossEntropy(), config={**GREEDY, "rollout_source": "teacher"})
     student, teacher = tiny_llama(V), tiny_llama(V, seed=1)
     trainer.train()
     expected = plain_loss(student, None, rolled_out(teacher, PROMPTS[:4]), cross_entropy)
@@ -93,9 +95,7 @@ def test_the_discarded_completions_do_not_matter(tmp_path: Path) -> None:
 
 def test_accumulation_does_not_matter(tmp_path: Path) -> None:
     at_once = trajectories(tmp_path / "a", per_device_train_batch_size=8, on_policy_fraction=0.5)
-    split = trajectories(
-        tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, on_policy_fraction=0.5
-    )
+    split = trajectories(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, on_policy_fraction=0.5)
     for found, expected in zip(split, at_once, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
@@ -184,7 +184,7 @@ def test_a_run_without_its_teacher_stops_with_a_checkpoint_and_resumes_to_the_sa
 
 
 def test_rollouts_ahead_use_weights_of_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step n is drawn by the student after n - 2 updates (step 1 and 2 by the one that has none), and the log says who waits."""
+    """Step n is drawn by the student after n - 2 updates (1 and 2 by the one that has none); the log says who waits."""
     trainer = trainer_of(tmp_path, rows=PAIRS, objective=ReverseKL(), config={**GREEDY, "max_staleness": 1, "max_steps": 4})
     used, versions = [], []
     assert trainer.on_policy is not None
@@ -280,9 +280,7 @@ class TestSeveralTeachers:
         objective = ForwardKL(temperature=1.0)
 
         def made(directory: str) -> Any:
-            return trainer_of(
-                tmp_path / directory, teacher=SelfTeacher("ema", decay=0.5), objective=objective, config=config
-            )
+            return trainer_of(tmp_path / directory, teacher=SelfTeacher("ema", decay=0.5), objective=objective, config=config)
 
         whole = made("run")
         whole.train()

@@ -140,7 +140,10 @@ def test_the_first_wrong_token_becomes_the_teachers_and_the_student_writes_on(th
     given = row(0, prompt=4)
     drawn = Completion(ids=[4, 7, 11, 12], logp=[-1.0, -2.0, -3.0, -4.0], finish="length")
     correction = Correction(
-        sampler=sampler, params=SamplingParams(max_tokens=6, stop_ids=(2,)), score=teacher_likes([4, 5, 6, 6]), threshold=threshold
+        sampler=sampler,
+        params=SamplingParams(max_tokens=6, stop_ids=(2,)),
+        score=teacher_likes([4, 5, 6, 6]),
+        threshold=threshold,
     )
     (made,) = correction([given], [drawn], [42])
     (asked,) = sampler.asked

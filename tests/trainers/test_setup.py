@@ -149,7 +149,7 @@ def cached(directory: Path, tokenizer: Any = None, **options: Any) -> str:
     ("given", "message"),
     [
         ({"teacher": None}, r"ForwardKL needs a teacher"),
-        ({"teacher": "http://localhost:8000/v1"}, "served teachers are not supported yet"),
+        ({"teacher": "http://127.0.0.1:9/v1"}, "vllm serve"),
         ({"objective": "ForwardKL"}, r"objective must be a kdlib.objectives.Objective, not str"),
         ({"model": "no/such/directory/student"}, "the directory does not exist"),
         ({"teacher": "no/such/directory/teacher"}, "the directory does not exist"),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdlib.trainers import turns
-from tests.tiny import CHATML_TEMPLATE, PLAIN_TEMPLATE, THINKING_TEMPLATE, tiny_llama, tiny_tokenizer
-from tests.trainers.small import V
+from tests.tiny import CHATML_TEMPLATE, PLAIN_TEMPLATE, THINKING_TEMPLATE, tiny_tokenizer
 
 CHATML = tiny_tokenizer(chat_template=CHATML_TEMPLATE)
 PLAIN = tiny_tokenizer(chat_template=PLAIN_TEMPLATE)
@@ -20,19 +19,16 @@ def test_a_turn_ends_with_what_the_template_closes_it_with() -> None:
 
 
 def test_rollouts_end_after_any_of_the_tokens_that_end_turns() -> None:
-    model = tiny_llama(V)
-    assert turns.stop_ids(model, CHATML, {}) == (2, CHATML.convert_tokens_to_ids("<|im_end|>"))
-    model.generation_config.eos_token_id = [2, 5]
-    assert turns.stop_ids(model, BARE, {}) == (2, 5)
+    assert turns.stop_ids(2, CHATML, {}) == (2, CHATML.convert_tokens_to_ids("<|im_end|>"))
+    assert turns.stop_ids([2, 5], BARE, {}) == (2, 5)
+    assert turns.stop_ids(None, BARE, {}) == (2,)
 
 
 def test_without_any_such_token_rollouts_are_refused() -> None:
-    model = tiny_llama(V)
-    model.generation_config.eos_token_id = None
     bare = tiny_tokenizer(chat_template=None)
     bare.eos_token = None
     with pytest.raises(ValueError, match="no token that ends a turn"):
-        turns.stop_ids(model, bare, {})
+        turns.stop_ids(None, bare, {})
 
 
 def test_a_base_student_of_a_chat_teacher_is_told_how_to_end_its_turns() -> None:

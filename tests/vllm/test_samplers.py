@@ -16,9 +16,9 @@ from kdlib.decoding import filtered_log_probs
 from kdlib.samplers import (
     HFSampler,
     RolloutConfig,
+    ServerSampler,
     StaleEngineError,
     VLLMSampler,
-    make_sampler,
     merged_weights,
     probe_sequences,
     verify_sync,
@@ -53,7 +53,7 @@ def server(tiny_checkpoint: Path, serve: Callable, tmp_path_factory: pytest.Temp
     started = serve(tiny_checkpoint, *arguments, "--logprobs-mode", "processed_logprobs", env={"VLLM_SERVER_DEV_MODE": "1"})
     directory = tmp_path_factory.mktemp("transfer")
     config = RolloutConfig(engine="server", url=f"{started.url}/v1", transfer="files", transfer_dir=str(directory))
-    sampler = make_sampler(config, model=nn.Module(), checkpoint="unused", pad_token_id=0)
+    sampler = ServerSampler(config.url or "", config)
     yield sampler
     sampler.close()
     assert len(list(directory.iterdir())) == 1  # the newest weights, and no others
@@ -170,7 +170,7 @@ def test_tied_embeddings_on_cpu_are_caught(tmp_path: Path) -> None:
     student.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = RolloutConfig(engine="vllm", max_model_len=256, enforce_eager=True)
-    sampler = make_sampler(config, model=student, checkpoint=str(tmp_path), pad_token_id=0, dtype="float32")
+    sampler = VLLMSampler(str(tmp_path), config, dtype="float32", seed=0)
     try:
         assert verify_sync(sampler, scores(student), PROMPTS, tolerance=1e-3) < 1e-3
         new = stepped(student)

@@ -91,11 +91,19 @@ def all_logp(teacher: Teacher, batch: dict[str, Tensor]) -> Tensor:
     return dense(teacher.signal(batch, causal_positions(batch)))
 
 
-@pytest.fixture(scope="module", params=["hidden", "topk", "in process"])
+@pytest.fixture(scope="module")
+def in_process_hidden(checkpoint: Path) -> Iterator[VLLMTeacher]:
+    teacher = VLLMTeacher(str(checkpoint), max_model_len=128)
+    assert teacher.provides is Support.FULL
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module", params=["hidden", "topk", "in_process_hidden", "in_process"])
 def whole(request: pytest.FixtureRequest, servers: dict[str, ServedModel]) -> VLLMTeacher:
     """Teachers that know all log-probabilities."""
-    if request.param == "in process":
-        return request.getfixturevalue("in_process")
+    if request.param.startswith("in_process"):
+        return request.getfixturevalue(request.param)
     return VLLMTeacher(servers[request.param].url + "/v1", k=V)
 
 
@@ -153,6 +161,16 @@ def test_a_bad_row_is_named_and_the_others_are_kept(
     assert bad.value.signal is not None
     expected = all_logp(hf, batch)[bad.value.keep]
     torch.testing.assert_close(dense(bad.value.signal), expected, rtol=0, atol=1e-4)
+    wash(whole)
+
+
+def wash(teacher: VLLMTeacher) -> None:
+    """Rows long enough to write over every slot that the poisoned row used.
+
+    vLLM 0.32 on CPU reuses its blocks of keys and values with NaN in them, and then shorter rows come out as NaN, too.
+    """
+    batch = batch_of([{"input_ids": [9] * 120, "labels": [9] * 120, "sample_id": number} for number in range(8)])
+    teacher.signal(batch, causal_positions(batch))
 
 
 def test_the_k_likeliest(servers: dict[str, ServedModel], hf: HFTeacher) -> None:

@@ -1,6 +1,7 @@
 """Token ids and log-probs as bytes and back, whole arrays at a time.
 
 - Ids: the low 16 bits in ``ids`` [n, k]; each bit above in a packed plane of ``ids_high`` [n, planes, bytes].
+- Log-probs of 32 bits: float32, for comparing teachers with one another.
 - Log-probs of 16 bits: float16, whose sign bit says nothing (log p <= 0) and so holds bit 16 of the id.
 - Log-probs of 8 bits: log p = -range (code / 254)^2, 255 for -inf; steps are fine where the mass is.
 """
@@ -46,7 +47,7 @@ class Signals:
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """``id_bits`` (16 or more) per id and ``logp_bits`` (8 or 16) per log-prob."""
+    """``id_bits`` (16 or more) per id and ``logp_bits`` (8, 16 or 32) per log-prob."""
 
     id_bits: int
     logp_bits: int
@@ -67,15 +68,21 @@ class Codec:
             bit_16 = (ids >> 16 & 1).astype(np.uint16) << 15
             stored["logp"] = _half_bits(signals.logp) & ~_SIGN | bit_16
         else:
-            stored["logp"], stored["logp_range"] = _to_codes(signals.logp)
-        if signals.rest is not None and self.logp_bits == 16:
-            stored["rest"] = _half_bits(signals.rest)
-        elif signals.rest is not None:
-            stored["rest"], stored["rest_range"] = _to_codes(signals.rest)
+            stored |= self._numbers("logp", signals.logp)
+        if signals.rest is not None:
+            stored |= self._numbers("rest", signals.rest)
         return stored
 
+    def _numbers(self, name: str, logp: NDArray) -> dict[str, NDArray]:
+        if self.logp_bits == 32:
+            return {name: np.minimum(logp, 0.0).astype(np.float32)}
+        if self.logp_bits == 16:
+            return {name: _half_bits(logp)}
+        codes, span = _to_codes(logp)
+        return {name: codes, f"{name}_range": span}
+
     def decode(self, stored: Stored) -> Signals:
-        """The inverse of ``encode``: ids exactly, log-probs as float16 (16 bits) or float32 (8 bits)."""
+        """The inverse of ``encode``: ids exactly, log-probs as float16 (16 bits) or float32 (8 and 32 bits)."""
         ids = stored["ids"].astype(np.int32)
         if self.logp_bits == 16 and self.id_bits > 16:
             ids |= (stored["logp"] >> 15).astype(np.int32) << 16
@@ -90,6 +97,8 @@ class Codec:
     def _log_probs(self, stored: Stored, name: str) -> NDArray:
         if self.logp_bits == 16:
             return (stored[name] | _SIGN).view(np.float16)
+        if self.logp_bits == 32:
+            return stored[name]
         return _from_codes(stored[name], stored[f"{name}_range"])
 
 

@@ -41,8 +41,8 @@ class CacheMeta:
             raise ValueError(f"kind={self.kind!r}: a cache is topk or sampled")
         if self.k < 1 or (self.kind == "topk" and self.k > self.vocab_size):
             raise ValueError(f"k={self.k}: choose between 1 and the vocabulary's {self.vocab_size} entries")
-        if self.logp_bits not in (8, 16):
-            raise ValueError(f"bits={self.logp_bits}: log-probs are stored in 16 or 8 bits")
+        if self.logp_bits not in (8, 16, 32):
+            raise ValueError(f"bits={self.logp_bits}: log-probs are stored in 32, 16 or 8 bits")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: it must be above 0")
         if self.dataset_size < 1 or self.rows_per_shard < 1:

@@ -62,14 +62,10 @@ class Prompts:
 
     @property
     def fingerprint(self) -> str:
-        digest = xxhash.xxh3_128()
-        for number, ids in zip(self._index, self._ids, strict=True):
-            digest.update(ids.tobytes())
-            digest.update(json.dumps(self.rows[number], sort_keys=True, default=str).encode())
-        return digest.hexdigest()
+        return self._digest.hexdigest()
 
-    def add(self, index: int, ids: Sequence[int], *, longest: int | None) -> None:
-        """The tokens of one row's prompt, unless it is empty, too long, or there already."""
+    def add(self, index: int, row: Mapping[str, Any], *, ids: Sequence[int], longest: int | None) -> None:
+        """The tokens of a row's prompt, unless it is empty, too long, or there already."""
         prompt_id = sample_id(ids, [])
         if not ids:
             self.skipped["the prompt renders to nothing"] += 1
@@ -82,9 +78,12 @@ class Prompts:
             self.prompt_ids.append(prompt_id)
             self._ids.append(np.asarray(ids, dtype=np.int32))
             self._index.append(index)
+            self._digest.update(self._ids[-1].tobytes())
+            self._digest.update(json.dumps(row, sort_keys=True, default=str).encode())
 
     def __post_init__(self) -> None:
         self._seen: set[int] = set()
+        self._digest = xxhash.xxh3_128()
 
 
 def read_prompts(
@@ -112,7 +111,7 @@ def read_prompts(
             if isinstance(made, BadRowError):
                 prompts.skipped[made.reason] += 1
             else:
-                prompts.add(first + offset, made, longest=longest)
+                prompts.add(first + offset, batch[offset], ids=made, longest=longest)
         first += len(batch)
     if not len(prompts):
         reasons = ", ".join(f"{n} x {reason}" for reason, n in prompts.skipped.items())
