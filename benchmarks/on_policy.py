@@ -122,7 +122,7 @@ def measure(method: str, root: Path, sizes: dict[str, Any]) -> dict[str, float]:
             owner, name = trainer, "_generate_single_turn"
         else:
             trainer = _kdlib(method, root, Path(output), sizes, clock)
-            owner, name = trainer.on_policy.sampler, "generate"
+            owner, name = trainer.on_policy.engine.sampler, "generate"
         original = getattr(owner, name)
 
         def timed(*arguments: Any, **keywords: Any) -> Any:

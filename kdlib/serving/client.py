@@ -37,7 +37,7 @@ _CONNECT_SECONDS = 10.0
 _AVOID_SECONDS = 30.0  # how long a replica that is away is asked only when no other answers
 
 
-class ServerAwayError(RuntimeError):
+class ServerAwayError(ConnectionError):
     """No answer for ``patience`` seconds: the run stops with a checkpoint."""
 
 

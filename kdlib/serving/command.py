@@ -41,4 +41,6 @@ def serve_command(
         words += ["--max-logprobs", most, "--logprobs-mode", "raw_logprobs", "--enable-prefix-caching"]
         if max_num_batched_tokens is not None:
             words += ["--max-num-batched-tokens", str(max_num_batched_tokens)]
+    if signal == "generate":  # the log-probs of what is drawn, after temperature, top_p and top_k
+        words += ["--logprobs-mode", "processed_logprobs"]
     return shlex.join(words)

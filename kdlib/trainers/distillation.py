@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from kdlib.data.collate import DistillationCollator
 from kdlib.data.positions import causal_positions
@@ -28,21 +27,20 @@ from kdlib.teachers import resolve_teacher
 from kdlib.trainers import setup
 from kdlib.trainers.callbacks import STATE_FILE, MetricsWriter, Progress, StepHooks, StopOnSignal, last_checkpoint
 from kdlib.trainers.config import DistillationConfig
+from kdlib.trainers.evaluation import SummedEvaluation
 from kdlib.trainers.final import save_final
 from kdlib.trainers.meters import Stopwatch, Sums
 from kdlib.trainers.on_policy import OnPolicy
 from kdlib.trainers.redirect import inside_forward
-from kdlib.trainers.repeats import RepeatSampler, as_rows, repeated
+from kdlib.trainers.repeats import RepeatSampler, as_rows
 from kdlib.trainers.scoring import TeacherSignals
 from kdlib.types import Loss, Positions, StudentSignal, Teacher, TeacherSignal
 
 Batch = dict[str, Any]
 AWAY = (ServerAwayError, StaleEngineError)
 
-logger = logging.getLogger("kdlib")
 
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SummedEvaluation):
     """Trains a student on a teacher's distributions: loss = sum over terms of weight * sum_k / N_k, N_k that of the whole step.
 
     model: the student, a path, Hub id or loaded causal language model.
@@ -113,7 +111,6 @@ class DistillationTrainer(Trainer):
         self._resumed_state: dict[str, Any] | None = None
         self._watching, self._window, self._evaluated, self._watch = False, Sums(), Sums(), Stopwatch()
         self._step_loss, self._window_start = torch.zeros(()), (0.0, 0.0)
-        self._first_length = 0.0
         self.signals_received = StopOnSignal()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -276,7 +273,8 @@ class DistillationTrainer(Trainer):
             self._window.add(self.teacher_signals.bad_rows())
             logs |= self._window.means(self.accelerator) | self._watch.seconds() | self._throughput()
             logs |= {f"objective/{key}": value for key, value in self.objective_state.items() if key.split(".")[-1] == "t"}
-            self._rollout_alarms(logs)
+            if self.on_policy is not None and self.is_world_process_zero():
+                self.on_policy.log.logged(logs, step=self.state.global_step)
             if not math.isfinite(logs["loss"]):
                 raise ValueError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or look at the rows"
@@ -284,80 +282,11 @@ class DistillationTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def _rollout_alarms(self, logs: dict[str, float]) -> None:
-        """Says so when rollouts stop ending by themselves: what is drawn next is no longer worth training on."""
-        length, clipped = logs.get("completions/mean_length"), logs.get("completions/clipped_ratio", 0.0)
-        if length is None:
-            return
-        self._first_length = self._first_length or length
-        if clipped > 0.5:
-            logger.warning(
-                "step %d: %.0f%% of the rollouts were cut at max_completion_length %d: raise it, or check that the student "
-                "ends its turns",
-                self.state.global_step,
-                100 * clipped,
-                self.args.max_completion_length,
-            )
-        elif length > 2 * self._first_length:
-            logger.warning(
-                "step %d: rollouts have grown from %.0f to %.0f tokens: look at samples/, and at the end of turns",
-                self.state.global_step,
-                self._first_length,
-                length,
-            )
-            self._first_length = length
-
     def _throughput(self) -> dict[str, float]:
         now, seen = self._watch.now(), float(self.seen_tokens)
         start, before = self._window_start
         self._window_start = (now, seen)
         return {"scored_tokens": float(self.scored_tokens), "tokens_per_second": (seen - before) / (now - start)}
-
-    # Evaluation: sums and counts over the whole set, so that the batch size does not matter
-
-    def evaluation_loop(self, *arguments: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """``eval_loss`` and the metrics as means over all scored rows, not over batches."""
-        self._evaluated, self._watching, window = Sums(), True, self._window
-        self._window = self._evaluated
-        try:
-            with torch.random.fork_rng(devices=[]):  # the data loader draws a seed, which would shift the run's dropout
-                output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **options)
-        finally:
-            self._window, self._watching = window, False
-        means = self._evaluated.means(self.accelerator)
-        terms = {name.removeprefix("loss/"): means.pop(name) for name in list(means) if name.startswith("loss/")}
-        means["loss"] = sum(self.term_weight(name) * value for name, value in terms.items())
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, None, None]:
-        """Adds the batch's sums; nothing is returned, because the Trainer would average per-batch means."""
-        inputs = self._unrepeated(self._prepare_inputs(inputs), size=self.args.eval_batch_size)
-        batch = {**inputs, "positions": self.positions(inputs)}
-        if self.teacher_signals.served:
-            batch = self.teacher_signals.all_of([batch])[0]
-        with torch.no_grad():
-            losses = self._losses(model, batch)
-        self._evaluated.add({f"loss/{name}": (loss.sum, loss.count) for name, loss in losses.items()})
-        return None, None, None
-
-    def _unrepeated(self, inputs: Batch, *, size: int) -> Batch:
-        """Rows that accelerate repeats to give every rank a full last batch of ``size`` rows are not scored a second time."""
-        loader, ranks = self.accelerator.gradient_state.active_dataloader, self.accelerator.num_processes
-        if ranks == 1 or self.args.dataloader_drop_last or not loader.end_of_dataloader:
-            return inputs
-        # not loader.remainder, which a resumed epoch does not know
-        remainder = loader.total_dataset_length % (size * ranks)
-        if remainder == 0:
-            return inputs
-        if "rows" in inputs:
-            first = max(0, remainder - self.accelerator.process_index * size)
-            return {"rows": [row if i < first else repeated(row) for i, row in enumerate(inputs["rows"])]}
-        labels = inputs["labels"].clone()
-        labels[max(0, remainder - self.accelerator.process_index * size) :] = -100
-        return {**inputs, "labels": labels}
 
     # Resuming
 

@@ -102,7 +102,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int, bits: int, kind: str) -> No
 
 
 @given(
-    bits=st.sampled_from([8, 16]),
+    bits=st.sampled_from([8, 16, 32]),
     vocab_size=st.integers(1, 2**24),
     k=st.integers(1, 20),
     tokens=st.integers(1, 5),
@@ -117,7 +117,7 @@ def test_ids_survive_any_vocabulary_and_k(bits: int, vocab_size: int, k: int, to
     assert np.abs(decoded.logp.astype(np.float32) - signals.logp).max() < 0.2
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [32, 16, 8])
 def test_impossible_certain_and_slightly_positive_log_probs(bits: int) -> None:
     logp = np.array([[1e-7, -2.0, -np.inf], [0.0, -np.inf, -np.inf]], np.float32)
     signals = Signals(ids=np.arange(6).reshape(2, 3), logp=logp, rest=np.array([-np.inf, -np.inf], np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ def test_the_loss_is_that_of_the_students_own_completions(tmp_path: Path) -> Non
     assert logged(trainer)[0] == pytest.approx(float(expected), rel=1e-5)
     assert logged(trainer, "scored_tokens")[0] == 24
     assert logged(trainer, "completions/mean_length")[0] == 6
+    shown = [json.loads(line) for line in (tmp_path / "samples" / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in shown] == [6, 6]
+    drawn = {tiny_tokenizer().decode(row["input_ids"]) for row in rolled_out(student, PROMPTS[:4])}
+    assert {line["prompt"] + line["completion"] for line in shown} <= drawn
 
 
 def test_completions_of_the_teacher_are_sequence_level_distillation(tmp_path: Path) -> None:
@@ -188,7 +193,7 @@ def test_rollouts_ahead_use_weights_of_the_step_before(tmp_path: Path, monkeypat
     trainer = trainer_of(tmp_path, rows=PAIRS, objective=ReverseKL(), config={**GREEDY, "max_staleness": 1, "max_steps": 4})
     used, versions = [], []
     assert trainer.on_policy is not None
-    sampler = trainer.on_policy.sampler
+    sampler = trainer.on_policy.engine.sampler
     assert isinstance(sampler, HFSampler) and sampler.model is not trainer.model
     generate = sampler.generate
 

@@ -188,7 +188,7 @@ def test_a_cache_of_other_rows_or_another_temperature_is_refused(tmp_path: Path)
         ForwardKL(temperature=2.0),
         Sum(parts=((1.0, ForwardKL(temperature=2.0)), (1.0, CrossEntropy()))),
     ):
-        with pytest.raises(ValueError, match=r"temperature 2\.0, the cache was captured at 1\.0"):
+        with pytest.raises(ValueError, match=r"temperature 2\.0, the teacher's log-probs are at 1\.0"):
             trainer_of(tmp_path, teacher=cache, objective=objective)
 
 
@@ -201,7 +201,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="DataParallel"):
-        setup.check_parallelism(trainer.args, trainer.accelerator)
+        setup.check_parallelism(trainer.args, trainer.accelerator, trainer.teacher)
 
 
 def test_resuming_where_there_is_nothing_to_resume(tmp_path: Path) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from kdlib.objectives import ForwardKL, ReverseKL
+from kdlib.data.cache import CacheReader
+from kdlib.objectives import ForwardKL, ReverseKL, SampledReverseKL
 from kdlib.samplers import RolloutConfig, StaleEngineError
 from kdlib.serving import ServerAwayError
 from kdlib.trainers import DistillationTrainer
-from tests.integration.runs import completed, values
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.integration.runs import TORCHRUN, completed, values
+from tests.tiny import tiny_llama
 from tests.trainers.small import V, logged, saved, settings
 from tests.vllm.servers import ServedModel
 
@@ -91,7 +97,7 @@ def test_a_student_with_tied_embeddings_and_an_engine_that_keeps_old_weights(
         made.train()
         assert logged(made) == pytest.approx(expected, rel=1e-3)
         assert made.on_policy is not None
-        monkeypatch.setattr(made.on_policy.sampler, "load", lambda weights: None)
+        monkeypatch.setattr(made.on_policy.engine.sampler, "load", lambda weights: None)
         torch.nn.init.normal_(next(made.model.parameters()))
         with pytest.raises(StaleEngineError, match="old weights"):
             made.train()
@@ -155,6 +161,45 @@ def test_a_teacher_that_stays_away_leaves_a_checkpoint_that_resumes_to_the_same_
         assert torch.equal(parameter, weights[name]), name
 
 
+def test_rollouts_ahead_by_an_engine_in_the_process(tmp_path: Path, tiny_checkpoint: Path, teacher: str) -> None:
+    rollout = RolloutConfig(engine="vllm", max_model_len=128, enforce_eager=True)
+    common = {"on_policy_fraction": 1.0, "max_completion_length": 8, "max_staleness": 1}
+    losses, _ = trained(tmp_path, tiny_checkpoint, teacher, **common, rollout=rollout, objective=SampledReverseKL())
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+
+
+def test_two_processes_share_a_rollout_server(
+    tmp_path: Path, tiny_checkpoint: Path, teacher: str, serve: Callable[..., ServedModel]
+) -> None:
+    """One process sends the weights; both draw, and train what one process trains."""
+    server = serve(tiny_checkpoint, *ENGINE, "--logprobs-mode", "processed_logprobs", env={"VLLM_SERVER_DEV_MODE": "1"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "two plus {i}"}}\n' for i in range(8)))
+    words = ["--model", str(tiny_checkpoint), "--teacher", teacher, "--dataset_name", str(rows), "--max_steps", "3"]
+    words += ["--on_policy_fraction", "1", "--max_completion_length", "8", "--rollout.temperature", "0"]
+    words += ["--logging_steps", "1", "--save_strategy", "no", "--learning_rate", "1e-3"]
+    engine = ["--rollout.engine", "server", "--rollout.url", server.url, "--rollout.transfer", "files"]
+    engine += ["--rollout.transfer_dir", str(tmp_path / "transfer"), "--per_device_train_batch_size", "2"]
+    expected = completed(tmp_path / "one", [*words, "--per_device_train_batch_size", "4"])
+    found = completed(tmp_path / "two", [*words, *engine], launcher=TORCHRUN)
+    assert values(found, "loss") == pytest.approx(values(expected, "loss"), rel=1e-3)
+
+
+def test_the_cache_command_asks_a_server(tmp_path: Path, teacher: str, teacher_server: ServedModel) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for name, source in (("served", teacher_server.url), ("hf", teacher)):
+        command = [sys.executable, "-m", "kdlib", "cache", "--teacher", source, "--dataset_name", str(rows), "--k", "8"]
+        done = subprocess.run([*command, "--output_dir", str(tmp_path / name)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = (CacheReader(tmp_path / name, verify=True) for name in ("served", "hf"))
+    tokens = np.arange(sum(shard.tokens for shard in expected.index.shards))
+    ours, theirs = found.read(tokens), expected.read(tokens)
+    same = (ours.ids == theirs.ids).mean()
+    assert same > 0.99, "near ties may change places"
+    assert np.abs(ours.rest.astype(float) - theirs.rest.astype(float)).max() < 5e-3
+
+
 def test_the_command_trains_with_an_engine_in_its_process(tmp_path: Path, tiny_checkpoint: Path, teacher: str) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "two plus {i}"}}\n' for i in range(8)))
@@ -163,4 +208,3 @@ def test_the_command_trains_with_an_engine_in_its_process(tmp_path: Path, tiny_c
     words += ["--rollout.max_model_len", "128", "--rollout.enforce_eager", "true", "--logging_steps", "1"]
     output = completed(tmp_path / "run", [*words, "--objective", "ReverseKL"])
     assert values(output, "completions/mean_length") and (output / "final" / "model.safetensors").is_file()
-    assert tiny_tokenizer().vocab_size
