@@ -5,14 +5,16 @@
 Both trainers get the same student, teacher, prompts, batch, completion length, temperature and objective (reverse KL, TRL's
 beta 1). Every method has a process of its own; rounds alternate and ratios are taken within a round, so that a machine with
 other work slows both sides. Models are random and draw the end-of-turn token about once in V tokens: nearly every completion
-runs to the limit, so that both sides draw equally many tokens. --vllm adds our colocated engine (TRL's weight push into vLLM
-fails on CPU).
+runs to the limit, so that both sides draw equally many tokens. --vllm adds both colocated vLLM engines; TRL's push of weights
+into vLLM fails on CPU, so that there it draws with the first weights, and only its rollouts are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -118,7 +120,7 @@ def measure(method: str, root: Path, sizes: dict[str, Any]) -> dict[str, float]:
     clock, drawing = Clock(), []
     with tempfile.TemporaryDirectory() as output:
         if method.startswith("TRL"):
-            trainer = _trl(root, Path(output), sizes, clock)
+            trainer = _trl(method, root, Path(output), sizes, clock)
             owner, name = trainer, "_generate_single_turn"
         else:
             trainer = _kdlib(method, root, Path(output), sizes, clock)
@@ -141,8 +143,7 @@ def _kdlib(method: str, root: Path, output: Path, sizes: dict[str, Any], clock: 
     from kdlib.samplers import RolloutConfig
     from kdlib.trainers import DistillationConfig, DistillationTrainer
 
-    vllm = "vllm" in method
-    rollout = RolloutConfig(engine="vllm", max_model_len=256, enforce_eager=True) if vllm else RolloutConfig()
+    rollout = RolloutConfig(engine="vllm", max_model_len=256, enforce_eager=True) if "vllm" in method else RolloutConfig()
     return DistillationTrainer(
         model=str(root / "student"),
         teacher=str(root / "teacher"),
@@ -153,17 +154,31 @@ def _kdlib(method: str, root: Path, output: Path, sizes: dict[str, Any], clock: 
     )
 
 
-def _trl(root: Path, output: Path, sizes: dict[str, Any], clock: Clock) -> Any:
+def _trl(method: str, root: Path, output: Path, sizes: dict[str, Any], clock: Clock) -> Any:
     from datasets import load_dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    return DistillationTrainer(
+    vllm = "vllm" in method
+    engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256} if vllm else {}
+    if vllm:  # its external launcher reads torchrun's variables
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
+        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    trainer = DistillationTrainer(
         model=str(root / "student"),
         teacher_model=str(root / "teacher"),
-        args=DistillationConfig(**options(output, sizes), beta=1.0, temperature=1.0),
+        args=DistillationConfig(**options(output, sizes), beta=1.0, temperature=1.0, **engine),
         train_dataset=load_dataset("json", data_files=str(root / "prompts.jsonl"), split="train"),
         callbacks=[clock],
     )
+    if vllm and not torch.cuda.is_available():
+        trainer.vllm_generation.sync_weights = lambda: None
+    return trainer
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def in_process(method: str, root: Path, *, quick: bool) -> dict[str, float]:
@@ -185,18 +200,20 @@ def in_process(method: str, root: Path, *, quick: bool) -> dict[str, float]:
 
 
 def table(rounds: list[dict[str, dict[str, float]]], tokens: int) -> list[list[str]]:
+    """A line for each method; ratios to TRL with the same kind of engine, within a round."""
     lines = []
     for method in rounds[0]:
-        rows = [r[method] for r in rounds]
-        ratio = {part: median(r[method][part] / r["TRL 1.16"][part] for r in rounds) for part in ("step", "rollout")}
-        rate = tokens / median(row["rollout"] for row in rows)
+        peer = "TRL 1.16, vllm engine" if "vllm" in method else "TRL 1.16"
+        ratio = {part: median(r[method][part] / r[peer][part] for r in rounds) for part in ("step", "rollout")}
+        seconds = {part: median(r[method][part] for r in rounds) for part in ("step", "rollout")}
+        whole = "vllm" not in method or torch.cuda.is_available()  # without weights to push a step is not one
         lines.append(
             [
                 method,
-                f"{median(row['step'] for row in rows):.2f}",
-                f"{ratio['step']:.2f}",
-                f"{median(row['rollout'] for row in rows):.2f}",
-                f"{rate:,.0f}",
+                f"{seconds['step']:.2f}" if whole or "kdlib" in method else "",
+                f"{ratio['step']:.2f}" if whole else "",
+                f"{seconds['rollout']:.2f}",
+                f"{tokens / seconds['rollout']:,.0f}",
                 f"{1 / ratio['rollout']:.2f}",
             ]
         )
@@ -244,7 +261,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, Path(arguments.root), sizes)))
         return
-    methods = [*METHODS, *(["kdlib, vllm engine"] if arguments.vllm else [])]
+    methods = [*METHODS, *(["kdlib, vllm engine", "TRL 1.16, vllm engine"] if arguments.vllm else [])]
     with tempfile.TemporaryDirectory() as directory:
         write_models(Path(directory), sizes)
         count = 1 if arguments.quick else arguments.rounds

@@ -29,7 +29,7 @@ from kdlib.eval.arithmetic_task import TASK
 from kdlib.eval.results import summary_rows
 from kdlib.files import write_whole
 
-START_STEPS, STEPS = 400, 400
+START_STEPS, STEPS, LEARNING_RATE = 400, 800, 2e-3
 ROLLOUT = {"on_policy_fraction": 1.0, "max_completion_length": 96}
 FURTHER: dict[str, dict[str, Any]] = {
     "on-policy, forward KL": {"objective": "ForwardKL", **ROLLOUT},
@@ -72,7 +72,7 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
     """{round: (accuracy, scored student tokens of the round)}."""
     if not (root / "student").is_dir():
         write_data(root, seed=seed, quick=quick)
-    common = {"seed": seed, **settings("student", quick=quick), "learning_rate": 1e-3, "logging_steps": 1}
+    common = {"seed": seed, **settings("student", quick=quick), "learning_rate": LEARNING_RATE, "logging_steps": 1}
     common["max_steps"] = 2 if quick else STEPS
     blank = {"model": root / "blank-teacher", "dataset_name": root / "teacher_train.jsonl", "objective": "CrossEntropy"}
     teacher = distill(root / "teacher", **blank, seed=seed, **settings("teacher", quick=quick))
@@ -119,9 +119,9 @@ def report(head: list[str], lines: list[list[str]], seeds: list[int]) -> str:
             f"Command: `python benchmarks/on_policy_demo.py --seeds {' '.join(map(str, seeds))}`",
             "",
             f"Accuracy on 400 problems that none has seen. `start` is a student after {START_STEPS} off-policy steps; each",
-            f"round goes on from it for {STEPS} steps (learning rate 1e-3), the off-policy one until it has scored as many",
-            "tokens as the longest of the others. The demo's training rows hold slips (one calculation in four is wrong);",
-            "the teacher's answers and the student's own do not come from these rows.",
+            f"round goes on from it for {STEPS} steps (learning rate {LEARNING_RATE}), the off-policy one until it has scored",
+            "as many tokens as the longest of the others. The demo's training rows hold slips (one calculation in four is",
+            "wrong); the teacher's answers and the student's own do not come from these rows.",
             "",
             "| " + " | ".join(head) + " |",
             "|---|" + "---:|" * (len(head) - 1),

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.vllm
 
 ROWS = [{"prompt": f"{'two plus ' * (1 + i % 3)}{i}", "completion": " is four, because the sky is blue."} for i in range(16)]
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "128")
+STEPS = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.5}  # Adam would make large steps of differences in the last bit
 POOLING = ("--runner", "pooling", "--convert", "embed", "--pooler-config", '{"task":"token_embed","use_activation":false}')
 
 
@@ -62,6 +63,13 @@ def trained(directory: Path, student: Path, teacher: Any, **config: Any) -> tupl
     finally:
         made.close()
     return logged(made), {name: p.detach().clone() for name, p in made.model.named_parameters()}
+
+
+def assert_same(made: DistillationTrainer, losses: list[float], weights: dict[str, torch.Tensor]) -> None:
+    """Up to what a server's own scheduling changes in the last bits."""
+    assert logged(made) == pytest.approx(losses, rel=1e-5)
+    for name, parameter in made.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_rollouts_of_every_engine_train_the_same_student(
@@ -119,8 +127,8 @@ def test_a_served_teacher_trains_the_same_student_as_one_in_the_process(
 def test_a_teacher_that_is_killed_and_comes_back_changes_nothing(
     tmp_path: Path, tiny_checkpoint: Path, teacher_server: ServedModel
 ) -> None:
-    expected, weights = trained(tmp_path / "whole", tiny_checkpoint, teacher_server.url, max_steps=4)
-    made = trainer(tmp_path / "hurt", tiny_checkpoint, teacher_server.url, max_steps=4)
+    expected, weights = trained(tmp_path / "whole", tiny_checkpoint, teacher_server.url, **STEPS)
+    made = trainer(tmp_path / "hurt", tiny_checkpoint, teacher_server.url, **STEPS)
     after = made.after_step
 
     def kill_after_two() -> None:
@@ -131,16 +139,14 @@ def test_a_teacher_that_is_killed_and_comes_back_changes_nothing(
 
     made.after_step = kill_after_two  # type: ignore[method-assign]
     made.train()
-    assert logged(made) == expected
-    for name, parameter in made.model.named_parameters():
-        assert torch.equal(parameter, weights[name]), name
+    assert_same(made, expected, weights)
 
 
 def test_a_teacher_that_stays_away_leaves_a_checkpoint_that_resumes_to_the_same_result(
     tmp_path: Path, tiny_checkpoint: Path, teacher_server: ServedModel
 ) -> None:
-    expected, weights = trained(tmp_path / "whole", tiny_checkpoint, teacher_server.url, max_steps=4)
-    made = trainer(tmp_path / "run", tiny_checkpoint, teacher_server.url, max_steps=4, teacher_patience=2.0)
+    expected, weights = trained(tmp_path / "whole", tiny_checkpoint, teacher_server.url, **STEPS)
+    made = trainer(tmp_path / "run", tiny_checkpoint, teacher_server.url, **STEPS, teacher_patience=2.0)
     after = made.after_step
 
     def kill_after_two() -> None:
@@ -154,11 +160,9 @@ def test_a_teacher_that_stays_away_leaves_a_checkpoint_that_resumes_to_the_same_
     assert (tmp_path / "run" / "checkpoint-2" / "kdlib_state.json").is_file()
     teacher_server.start()
     teacher_server.wait()
-    again = trainer(tmp_path / "run", tiny_checkpoint, teacher_server.url, max_steps=4)
+    again = trainer(tmp_path / "run", tiny_checkpoint, teacher_server.url, **STEPS)
     again.train(resume_from_checkpoint=True)
-    assert logged(again)[-2:] == expected[-2:]
-    for name, parameter in again.model.named_parameters():
-        assert torch.equal(parameter, weights[name]), name
+    assert_same(again, expected, weights)
 
 
 def test_rollouts_ahead_by_an_engine_in_the_process(tmp_path: Path, tiny_checkpoint: Path, teacher: str) -> None:
