@@ -32,7 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from kdlib.cli.env import machine_line
 from kdlib.files import write_whole
 
-METHODS = ("kdlib, hf engine", "TRL 1.16")
+AHEAD = "kdlib, hf engine, max_staleness 1"
+METHODS = ("kdlib, hf engine", AHEAD, "TRL 1.16")
 SIZES = {
     "full": {
         "vocab": 8192,
@@ -148,7 +149,13 @@ def _kdlib(method: str, root: Path, output: Path, sizes: dict[str, Any], clock: 
         model=str(root / "student"),
         teacher=str(root / "teacher"),
         objective=ReverseKL(),
-        args=DistillationConfig(**options(output, sizes), on_policy_fraction=1.0, max_length=256, rollout=rollout),
+        args=DistillationConfig(
+            **options(output, sizes),
+            on_policy_fraction=1.0,
+            max_length=256,
+            rollout=rollout,
+            max_staleness=int(method == AHEAD),
+        ),
         train_dataset=str(root / "prompts.jsonl"),
         callbacks=[clock],
     )

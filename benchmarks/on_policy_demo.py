@@ -24,6 +24,7 @@ from rich.table import Table
 
 from kdlib.cli.demo_data import settings, write_data
 from kdlib.cli.env import machine_line
+from kdlib.data.arithmetic import make_problems
 from kdlib.eval import evaluate
 from kdlib.eval.arithmetic_task import TASK
 from kdlib.eval.results import summary_rows
@@ -38,6 +39,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "teacher's own answers, forward KL": {"objective": "ForwardKL", **ROLLOUT, "rollout_source": "teacher"},
 }
 BASELINE = "off-policy, forward KL"
+FAULTLESS = "off-policy, forward KL, rows without slips"
 
 
 def distill(output: Path, **options: Any) -> Path:
@@ -94,9 +96,20 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
     common["max_steps"] = math.ceil(
         1.01 * budget / tokens_per_step(root / "start", batch=common["per_device_train_batch_size"])
     )
-    final = distill(root / "off-policy", model=start, **rows, **common, objective="ForwardKL")
-    found[BASELINE] = (accuracy(final, root, limit=limit), scored_tokens(root / "off-policy"))
+    for name, data in ((BASELINE, root / "train.jsonl"), (FAULTLESS, faultless(root, seed=seed))):
+        run = root / ("off-policy" if name == BASELINE else "off-policy-faultless")
+        final = distill(run, model=start, **{**rows, "dataset_name": data}, **common, objective="ForwardKL")
+        found[name] = (accuracy(final, root, limit=limit), scored_tokens(run))
     return found
+
+
+def faultless(root: Path, *, seed: int) -> Path:
+    """The training problems with right solutions throughout."""
+    path = root / "faultless.jsonl"
+    count = len((root / "train.jsonl").read_text().splitlines())
+    rows = make_problems(count, seed=seed, split="train", slips=0.0)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def table(found: list[dict[str, tuple[float, int]]], seeds: list[int]) -> tuple[list[str], list[list[str]]]:
@@ -121,7 +134,8 @@ def report(head: list[str], lines: list[list[str]], seeds: list[int]) -> str:
             f"Accuracy on 400 problems that none has seen. `start` is a student after {START_STEPS} off-policy steps; each",
             f"round goes on from it for {STEPS} steps (learning rate {LEARNING_RATE}), the off-policy one until it has scored",
             "as many tokens as the longest of the others. The demo's training rows hold slips (one calculation in four is",
-            "wrong); the teacher's answers and the student's own do not come from these rows.",
+            "wrong); the teacher's answers and the student's own do not come from these rows. The last line trains on",
+            "as many problems with right solutions, which no other student saw.",
             "",
             "| " + " | ".join(head) + " |",
             "|---|" + "---:|" * (len(head) - 1),

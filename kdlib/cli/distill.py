@@ -193,6 +193,11 @@ def _training_rows(arguments: RunArguments) -> Any:
 def _plan_line(plan: dict[str, Any]) -> str:
     return (
         f"student {plan['student_parameters']:,} parameters ({plan['trainable_parameters']:,} trained), "
-        f"{plan['rows']:,} rows, {plan['scored_tokens_per_epoch']:,} scored tokens an epoch, "
-        f"{plan['optimizer_steps']:,} steps"
+        f"{plan['rows']:,} rows, {_step_line(plan)}, {plan['optimizer_steps']:,} steps"
     )
+
+
+def _step_line(plan: dict[str, Any]) -> str:
+    if "completions_per_step" not in plan:
+        return f"{plan['scored_tokens_per_epoch']:,} scored tokens an epoch"
+    return f"{plan['completions_per_step']:,} rollouts of up to {plan['max_completion_length']:,} tokens a step"

@@ -37,10 +37,9 @@ def plan(trainer: Any) -> dict[str, Any]:
         found["teacher_parameters"] = sum(p.numel() for p in parameters)
         found["teacher_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
     if args.on_policy_fraction:
-        found["completions_per_step"] = round(
-            args.train_batch_size * args.gradient_accumulation_steps * args.on_policy_fraction
-        )
-        found["completion_tokens_per_step_at_most"] = found["completions_per_step"] * args.max_completion_length
+        rows = args.train_batch_size * args.gradient_accumulation_steps * found["processes"]
+        found["completions_per_step"] = round(rows * args.on_policy_fraction)
+        found["max_completion_length"] = args.max_completion_length
     return found
 
 

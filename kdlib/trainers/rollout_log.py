@@ -23,7 +23,7 @@ class RolloutLog:
     def __init__(self, output_dir: str | Path, tokenizer: PreTrainedTokenizerBase, *, limit: int) -> None:
         self.path, self.tokenizer, self.limit = Path(output_dir) / "samples" / "rollouts.jsonl", tokenizer, limit
         self._last: list[Row] = []
-        self._length = 0.0
+        self._length, self._cut = 0.0, False
 
     def note(self, made: Sequence[Row], given: Sequence[Row]) -> None:
         """Keeps some of the rows that got a completion."""
@@ -36,7 +36,8 @@ class RolloutLog:
             return
         self._write(step)
         self._length = self._length or length
-        if clipped > 0.5:
+        before, self._cut = self._cut, clipped > 0.5
+        if self._cut and not before:  # said once, until it was better in between
             logger.warning(
                 "step %d: %.0f%% of the rollouts were cut at max_completion_length %d: raise it, or check that the student "
                 "ends its turns",
@@ -44,7 +45,7 @@ class RolloutLog:
                 100 * clipped,
                 self.limit,
             )
-        elif length > 2 * self._length:
+        if length > 2 * self._length:
             logger.warning(
                 "step %d: rollouts have grown from %.0f to %.0f tokens: see samples/rollouts.jsonl, and how turns end",
                 step,
