@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Engine:
 
     def _checkpoint(self, model: nn.Module) -> str:
         """The student as it starts, on disk, for an engine to load its shape from; weights are pushed before each step."""
-        path = Path(self.trainer.args.output_dir) / "rollout_engine"
+        path = self._directory
         config = copy.deepcopy(inner(model).config)
         if self.untied:
             config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
@@ -89,6 +90,10 @@ class Engine:
         tensors = {name: tensor.cpu().clone() for name, tensor in merged_weights(model, untied=self.untied)}
         write_whole(path / "model.safetensors", save(tensors, metadata={"format": "pt"}))
         return str(path)
+
+    @property
+    def _directory(self) -> Path:
+        return Path(self.trainer.args.output_dir) / "rollout_engine"
 
     def snapshot(self, step: int) -> Snapshot:
         """The student as it is now; its tensors are copied where it goes on changing meanwhile."""
@@ -120,3 +125,5 @@ class Engine:
         """Ends what this object started."""
         if self.sampler is not self.student:
             self.sampler.close()
+        if isinstance(self.sampler, VLLMSampler):
+            shutil.rmtree(self._directory, ignore_errors=True)  # it has been read; closing twice finds nothing
