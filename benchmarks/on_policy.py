@@ -6,7 +6,8 @@ Both trainers get the same student, teacher, prompts, batch, completion length, 
 beta 1). Every method has a process of its own; rounds alternate and ratios are taken within a round, so that a machine with
 other work slows both sides. Models are random and draw the end-of-turn token about once in V tokens: nearly every completion
 runs to the limit, so that both sides draw equally many tokens. --vllm adds both colocated vLLM engines; TRL's push of weights
-into vLLM fails on CPU, so that there it draws with the first weights, and only its rollouts are measured.
+into vLLM fails on CPU, so that there it draws with the first weights, and only its rollouts are measured. It leaves the
+engine's dtype to vLLM, which serves a float32 checkpoint in bfloat16; ours computes as training does unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from kdlib.cli.env import machine_line
 from kdlib.files import write_whole
 
 AHEAD = "kdlib, hf engine, max_staleness 1"
+TRL_VLLM = "TRL 1.16, vllm engine (bfloat16)"
+VLLM_METHODS = ("kdlib, vllm engine (float32)", "kdlib, vllm engine (bfloat16)", TRL_VLLM)
 METHODS = ("kdlib, hf engine", AHEAD, "TRL 1.16")
 SIZES = {
     "full": {
@@ -144,7 +147,8 @@ def _kdlib(method: str, root: Path, output: Path, sizes: dict[str, Any], clock: 
     from kdlib.samplers import RolloutConfig
     from kdlib.trainers import DistillationConfig, DistillationTrainer
 
-    rollout = RolloutConfig(engine="vllm", max_model_len=256, enforce_eager=True) if "vllm" in method else RolloutConfig()
+    dtype = "bfloat16" if "bfloat16" in method else None
+    rollout = RolloutConfig(engine="vllm", max_model_len=256, dtype=dtype) if "vllm" in method else RolloutConfig()
     return DistillationTrainer(
         model=str(root / "student"),
         teacher=str(root / "teacher"),
@@ -210,7 +214,7 @@ def table(rounds: list[dict[str, dict[str, float]]], tokens: int) -> list[list[s
     """A line for each method; ratios to TRL with the same kind of engine, within a round."""
     lines = []
     for method in rounds[0]:
-        peer = "TRL 1.16, vllm engine" if "vllm" in method else "TRL 1.16"
+        peer = TRL_VLLM if "vllm" in method else "TRL 1.16"
         ratio = {part: median(r[method][part] / r[peer][part] for r in rounds) for part in ("step", "rollout")}
         seconds = {part: median(r[method][part] for r in rounds) for part in ("step", "rollout")}
         whole = "vllm" not in method or torch.cuda.is_available()  # without weights to push a step is not one
@@ -268,7 +272,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, Path(arguments.root), sizes)))
         return
-    methods = [*METHODS, *(["kdlib, vllm engine", "TRL 1.16, vllm engine"] if arguments.vllm else [])]
+    methods = [*METHODS, *(VLLM_METHODS if arguments.vllm else [])]
     with tempfile.TemporaryDirectory() as directory:
         write_models(Path(directory), sizes)
         count = 1 if arguments.quick else arguments.rounds

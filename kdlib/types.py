@@ -284,7 +284,8 @@ class Teacher(Protocol):
 class SamplingParams:
     """How completions are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep everything.
 
-    ``max_tokens`` counts new tokens, the stop token included; generation ends after any of ``stop_ids``.
+    ``max_tokens`` counts new tokens, the stop token included; generation ends after any of ``stop_ids``. Without ``log_probs``
+    an engine need not compute them, and those of a Completion may be NaN.
     """
 
     max_tokens: int
@@ -292,6 +293,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
+    log_probs: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

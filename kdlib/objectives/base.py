@@ -106,6 +106,11 @@ class RowObjective(Objective):
             raise ValueError(f"{type(self).__name__} needs labels")
 
     @property
+    def reads_drawn(self) -> bool:
+        """Whether ``row`` looks at the log-probs with which labels were drawn (``DenseView.drawn``)."""
+        return False
+
+    @property
     def reads_labels(self) -> bool:
         """Whether ``row`` looks at the labels."""
         return False

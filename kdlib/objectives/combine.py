@@ -38,6 +38,10 @@ class Sum(RowObjective):
         return reduce(lambda a, b: a & b, wanted) if wanted else None
 
     @property
+    def reads_drawn(self) -> bool:
+        return any(part.reads_drawn for _, part in self.parts)
+
+    @property
     def reads_labels(self) -> bool:
         return any(part.reads_labels for _, part in self.parts)
 

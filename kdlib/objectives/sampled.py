@@ -43,6 +43,10 @@ class SampledReverseKL(RowObjective):
             )
 
     @property
+    def reads_drawn(self) -> bool:
+        return True
+
+    @property
     def reads_labels(self) -> bool:
         return True
 

@@ -19,6 +19,7 @@ class RolloutConfig:
         temperature: divides the logits before a token is drawn; 0 takes the likeliest token.
         top_p: draw among the likeliest tokens that together have this probability; 1 keeps all.
         top_k: draw among this many likeliest tokens; 0 keeps all.
+        dtype: engine vllm: float32, bfloat16 or float16; null computes as training does, so that both draw the same.
         gpu_memory_utilization: engine vllm: the part of the GPU's memory that the engine takes.
         max_model_len: engine vllm: the longest prompt with its completion; null means the model's own limit.
         enforce_eager: engine vllm: no CUDA graphs, which starts sooner and generates more slowly.
@@ -27,7 +28,7 @@ class RolloutConfig:
         transfer_dir: a directory that trainer and server both see, for transfer files.
         group_port: the port on which trainer and server meet for transfer nccl.
         sync_tolerance: largest difference in log-prob (nats) between engine and student after new weights; null means 0.01,
-            and 0.2 when the student computes in 16 bits.
+            and 0.2 when one of them computes in 16 bits.
         timeout: engine server: seconds for one answer.
         patience: engine server: seconds for which a server that is away is tried again before the run stops.
     """
@@ -37,6 +38,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     gpu_memory_utilization: float = 0.3
     max_model_len: int | None = None
     enforce_eager: bool = False
@@ -61,6 +63,8 @@ class RolloutConfig:
             )
         if self.engine == "server" and self.transfer == "files" and self.transfer_dir is None:
             raise ValueError("rollout.transfer files needs rollout.transfer_dir, which trainer and server both see")
+        if self.dtype is not None and self.engine != "vllm":
+            raise ValueError(f"rollout.dtype is for rollout.engine vllm, not {self.engine}: leave it out")
         if self.sleep and self.engine != "vllm":
             raise ValueError(f"rollout.sleep is for rollout.engine vllm, not {self.engine}: leave it out")
         self._refuse_numbers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class VLLMSampler:
             seed=seed,
             stop_token_ids=list(params.stop_ids),
             ignore_eos=True,  # only stop_ids end a completion
-            logprobs=0,  # the drawn token's alone
+            logprobs=0 if params.log_probs else None,  # 0: the drawn token's alone
             detokenize=False,
         )
 
@@ -101,5 +102,7 @@ class VLLMSampler:
 
 def _completion(output: Any, params: SamplingParams, *, row: int) -> Completion:
     ids = list(output.token_ids)
+    if not params.log_probs and ids:
+        return Completion(ids=ids, logp=[math.nan] * len(ids), finish="stop" if ids[-1] in params.stop_ids else "length")
     logp = [entries[token].logprob for token, entries in zip(ids, output.logprobs, strict=True)]
     return completion(ids, logp, stop_ids=params.stop_ids, row=row)

@@ -55,8 +55,13 @@ class Engine:
             raise ValueError("rollout.engine vllm runs inside one training process: with several use rollout.engine server")
         # vLLM on CPU packs the output embeddings once and would keep them when tied ones change
         self.untied = not torch.cuda.is_available()
-        dtype = str(args.compute_dtype or torch.float32).removeprefix("torch.")
-        return VLLMSampler(self._checkpoint(model), args.rollout, dtype=dtype, seed=args.seed)
+        return VLLMSampler(self._checkpoint(model), args.rollout, dtype=self._dtype, seed=args.seed)
+
+    @property
+    def _dtype(self) -> str:
+        """What the engine computes in: what training does, unless the options say otherwise."""
+        args = self.trainer.args
+        return args.rollout.dtype or str(args.compute_dtype or torch.float32).removeprefix("torch.")
 
     def _of(self, model: nn.Module, *, own_copy: bool = False) -> HFSampler:
         return HFSampler(
@@ -117,8 +122,7 @@ class Engine:
     def verify(self, snapshot: Snapshot) -> None:
         """StaleEngineError when the engine does not have these weights."""
         if snapshot.probes:
-            args = self.trainer.args
-            tolerance = args.rollout.sync_tolerance or (0.01 if args.compute_dtype is None else 0.2)
+            tolerance = self.trainer.args.rollout.sync_tolerance or (0.01 if self._dtype == "float32" else 0.2)
             verify_sync(self.sampler, snapshot.expected, snapshot.probes, tolerance=tolerance)
 
     def close(self) -> None:

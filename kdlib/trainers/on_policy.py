@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 
 from kdlib.models import inner
+from kdlib.objectives import RowObjective
 from kdlib.samplers import StaleEngineError
 from kdlib.teachers import HFTeacher, VLLMTeacher, leaves
 from kdlib.trainers import turns
@@ -44,7 +45,8 @@ class OnPolicy:
         self.trainer, args = trainer, trainer.args
         self.collator, self.ahead = trainer.data_collator, args.max_staleness > 0
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self.params = args.rollout.params(args.max_completion_length, self._stop_ids(model))
+        params = args.rollout.params(args.max_completion_length, self._stop_ids(model))
+        self.params = replace(params, log_probs=self._keeps_log_probs())
         self.engine = Engine(trainer, ahead=self.ahead)
         self.rollouts = Rollouts(
             sampler=self.engine.sampler,
@@ -67,6 +69,11 @@ class OnPolicy:
                 turns.warn(turns.compare(tokenizer, member.tokenizer, template))
         generation = inner(model).generation_config
         return turns.stop_ids(None if generation is None else generation.eos_token_id, tokenizer, template)
+
+    def _keeps_log_probs(self) -> bool:
+        """Whether anything may read what completions were drawn with; what is not a RowObjective is not known to leave it."""
+        objective = self.trainer.objective
+        return self.ahead or not isinstance(objective, RowObjective) or objective.reads_drawn
 
     def _context(self, model: torch.nn.Module) -> int:
         """Tokens that student, engine and teacher can all read."""

@@ -96,7 +96,7 @@ class Rollouts:
         if self.correct is not None:
             return self.correct(rows, completions, seeds)
         return [
-            with_completion(row, completion.ids, logp=completion.logp if self.own else None)
+            with_completion(row, completion.ids, logp=completion.logp if self.own and self.params.log_probs else None)
             for row, completion in zip(rows, completions, strict=True)
         ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib.objectives import CrossEntropy, ForwardKL, ReverseKL, SampledReverseKL
+from kdlib.objectives import CrossEntropy, ForwardKL, ReverseKL, SampledReverseKL, Sum
 from kdlib.samplers import HFSampler, RolloutConfig
 from kdlib.serving import ServerAwayError
 from kdlib.teachers import EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher
@@ -112,7 +112,10 @@ def test_the_size_of_generation_batches_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_fraction_mixes_rows_as_they_are_with_rollouts(tmp_path: Path) -> None:
     trainer = trainer_of(
-        tmp_path, rows=PAIRS, config={**GREEDY, "on_policy_fraction": 0.5, "max_steps": 4, "save_strategy": "no"}
+        tmp_path,
+        rows=PAIRS,
+        objective=Sum(parts=((1.0, ForwardKL()), (0.1, SampledReverseKL()))),  # which reads what was drawn
+        config={**GREEDY, "on_policy_fraction": 0.5, "max_steps": 4, "save_strategy": "no"},
     )
     batches: list[Any] = []
     prepare = trainer.prepare
