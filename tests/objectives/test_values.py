@@ -270,7 +270,7 @@ def test_equal_models_have_no_loss_and_no_gradient(objective: RowObjective) -> N
         assert gradient.abs().max() <= tolerance
 
 
-finite = st.floats(-30.0, 30.0, width=32)
+finite = st.integers(-240, 240).map(lambda eighths: eighths / 8)  # sums are exact, so that a shift breaks no tie of a top k
 rows = st.lists(finite, min_size=5, max_size=5)
 
 
