@@ -244,10 +244,11 @@ def report(lines: list[list[str]], sizes: dict[str, Any]) -> str:
         [
             "# One on-policy step beside TRL",
             "",
-            f"Command: `python benchmarks/on_policy.py {' '.join(sys.argv[1:])}`",
+            f"Command: `OMP_NUM_THREADS=1 python benchmarks/on_policy.py {' '.join(sys.argv[1:])}`",
             "",
             shape,
-            "A step is rollout, teacher and update; ratios are medians over rounds of both methods in turn.",
+            "A step is rollout, teacher and update; ratios are medians over rounds of all methods in turn, those of vLLM",
+            "engines to TRL with vLLM.",
             "",
             "| " + " | ".join(HEAD) + " |",
             "|---|" + "---:|" * (len(HEAD) - 1),
