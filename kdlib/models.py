@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def hidden_states(
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     output = inner(model).get_decoder()(**inputs, use_cache=False, output_hidden_states=bool(layers))
     return output.last_hidden_state, {layer: output.hidden_states[layer] for layer in layers}
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Every module of ``models`` in eval mode, without dropout and gradient checkpointing; each one's own flag is restored."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from kdlib.cli.arguments import RunArguments
 from kdlib.cli.card import write_card
 from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
+from kdlib.data.draft import first_scored
 from kdlib.eval import evaluate, write_report, write_results
 from kdlib.eval.results import interval_text, summary_rows
 from kdlib.models import load_model, load_tokenizer
@@ -93,7 +94,7 @@ def _write_samples(directory: RunDirectory, trainer: Any, student: Path) -> None
 @torch.no_grad()
 def _completions(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Greedy answers to what stands before each row's first scored token, in one batch."""
-    pad, prompts = tokenizer.pad_token_id, [row["input_ids"][: _first_scored(row["labels"])] for row in rows]
+    pad, prompts = tokenizer.pad_token_id, [row["input_ids"][: first_scored(row["labels"])] for row in rows]
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]  # on the left, where generation wants it
     ids = [[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
@@ -110,8 +111,3 @@ def _completions(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list
         {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(answer)}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-
-
-def _first_scored(labels: list[int]) -> int:
-    """At least 1: a prompt needs a token, and position 0 is never scored."""
-    return max(1, next((i for i, label in enumerate(labels) if label != -100), 1))

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import xxhash
 from tqdm.auto import tqdm
 
 from kdlib.data.draft import UNSCORED
+from kdlib.data.keys import draw_key
 from kdlib.data.traces import Batch, Prompt, Prompts, Skipped, TraceWriter
 from kdlib.data.traces.writer import Trace, append_line, cut_torn_line
-from kdlib.serving.client import ServerAwayError
 from kdlib.tokenizers.identity import tokenizer_fingerprint
 from kdlib.types import Completion, Sampler
 from kdlib.verifiers import Verdict, Verifier, judge
@@ -25,11 +23,6 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EMPTY, UNUSABLE = "an empty completion", "nothing usable came from the engine"
-
-
-def draw_seed(seed: int, prompt_id: int, generation: int) -> int:
-    """Of one completion's draws, below 2^63: neither order nor neighbours of a prompt change what is drawn."""
-    return xxhash.xxh64(np.asarray([seed, prompt_id, generation], dtype="<i8").tobytes()).intdigest() & (2**63 - 1)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +42,7 @@ class Generator:
         """The traces of ``prompts``, in order; identical completions of a prompt become one with their ``count``."""
         n = self.arguments.num_generations
         ids = [prompt.ids for prompt in prompts for _ in range(n)]
-        seeds = [draw_seed(self.arguments.seed, prompt.prompt_id, i) for prompt in prompts for i in range(n)]
+        seeds = [draw_key(self.arguments.seed, prompt.prompt_id, i) for prompt in prompts for i in range(n)]
         drawn = self.sampler.generate(ids, self._params, seeds=seeds)
         traces: list[Trace] = []
         skipped: list[Skipped] = []
@@ -107,7 +100,7 @@ def _skipped(prompt: Prompt, completion: Completion, *, generation: int) -> Skip
 
 
 def answer(prompts: Prompts, writer: TraceWriter, generator: Generator) -> None:
-    """Writes every missing shard. ValueError when a server stays away; what is on disk stays good."""
+    """Writes every missing shard. ServerAwayError when a server does not come back; what is on disk stays good."""
     cut_torn_line(writer.directory / METRICS_FILE)
     there = sum(shard.prompts for shard in writer.index.shards.values())
     with tqdm(total=len(prompts), initial=there, desc="Generating", unit="prompt", smoothing=0) as bar:
@@ -117,10 +110,7 @@ def answer(prompts: Prompts, writer: TraceWriter, generator: Generator) -> None:
             bar.update(sum(len(numbers) for numbers in batches[: len(done)]))
             for numbers in batches[len(done) :]:
                 started = time.monotonic()
-                try:
-                    batch = generator([prompts[number] for number in numbers])
-                except ServerAwayError as error:
-                    raise ValueError(str(error)) from error
+                batch = generator([prompts[number] for number in numbers])
                 seconds = time.monotonic() - started
                 counts = _counts(batch)
                 append_line(

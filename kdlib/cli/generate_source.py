@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from kdlib.decoding.sampling import context_length
 from kdlib.models import load_model, load_tokenizer
 from kdlib.samplers.config import RolloutConfig
-from kdlib.serving.client import Served, ServerClient
+from kdlib.serving.client import Served, ServerClient, is_url
 from kdlib.serving.command import serve_command
 from kdlib.tokenizers.identity import tokenizer_fingerprint
 from kdlib.trainers.turns import stop_ids
@@ -87,7 +87,7 @@ class Source:
 def source_of(a: GenerateArguments) -> Source:
     """The teacher that the options name; ValueError when it, or its tokenizer, is not there. Loads no weights."""
     rollout = a.rollout
-    if a.model.startswith(("http://", "https://")):
+    if is_url(a.model):
         if rollout.url not in (None, a.model):
             raise ValueError(f"model {a.model} and rollout.url {rollout.url} are two servers: leave one out")
         rollout = replace(rollout, engine="server", url=a.model)

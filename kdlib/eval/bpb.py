@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from kdlib.eval.modes import evaluating
 from kdlib.eval.results import interval
 from kdlib.eval.scoring import scored_chunks, token_rows
+from kdlib.models import evaluating
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kdlib.eval.modes import evaluating
 from kdlib.eval.scoring import scored_chunks, token_rows
 from kdlib.kernels.metrics import row_metrics
+from kdlib.models import evaluating
 from kdlib.types import DenseView
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from kdlib.eval.modes import evaluating, own_randomness
+from kdlib.eval.modes import own_randomness
 from kdlib.eval.quiet import quiet_lm_eval
 from kdlib.eval.results import write_results
 from kdlib.eval.tasks import find_tasks
+from kdlib.models import evaluating
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Borrowing a model that a trainer holds: evaluate it, and put everything back as it was."""
+"""Evaluating in the middle of a training run, and putting everything back as it was."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Every module of ``models`` in eval mode; each one's own training flag is restored."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

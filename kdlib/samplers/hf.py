@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdlib.decoding.sampling import generate
 from kdlib.head import Head
-from kdlib.models import hidden_states
+from kdlib.models import evaluating, hidden_states
 from kdlib.samplers.outcome import completion
 from kdlib.types import Completion, SamplingParams
 
@@ -41,7 +41,7 @@ class HFSampler:
 
     def generate(self, prompts: Sequence[list[int]], params: SamplingParams, *, seeds: Sequence[int]) -> list[Completion]:
         """One completion for each prompt; ValueError for an empty prompt or one that fills the context."""
-        with _evaluating(self.model), self._autocast():
+        with evaluating(self.model), self._autocast():
             found = generate(
                 self.model, prompts, params, seeds=seeds, pad_token_id=self.pad_token_id, batch_size=self.batch_size
             )
@@ -53,7 +53,7 @@ class HFSampler:
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         size = self.batch_size or 16
         found: dict[int, list[float]] = {}
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 found.update(zip(rows, self._scored([sequences[row] for row in rows]), strict=True))
@@ -103,15 +103,3 @@ def _label_log_probs(head: Head, hidden: Tensor, *, labels: Tensor) -> Tensor:
         logits = head(rows)
         found.append(logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(found)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, which also switches gradient checkpointing off; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -256,8 +256,13 @@ def _unreachable() -> Iterator[None]:
         raise _AwayError(kind) from error
 
 
+def is_url(name: object) -> bool:
+    """Whether this is a server's address, not a path or Hub id."""
+    return isinstance(name, str) and name.startswith(("http://", "https://"))
+
+
 def _base(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
+    if not is_url(url):
         raise ValueError(f"{url!r} is not a URL: a served model is given as http://HOST:PORT/v1")
     return url.rstrip("/").removesuffix("/v1")
 

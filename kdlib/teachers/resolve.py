@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from kdlib.serving.client import is_url
 from kdlib.teachers.cache import CachedTeacher
 from kdlib.teachers.ensemble import EnsembleTeacher
 from kdlib.teachers.hf import HFTeacher
 from kdlib.teachers.routed import RoutedTeacher
 from kdlib.teachers.self_teacher import SelfTeacher
 from kdlib.types import Teacher
-
-_URL = ("http://", "https://")
 
 
 def resolve_teacher(spec: Any, options: Mapping[str, Any]) -> Teacher | None:
@@ -37,7 +36,7 @@ def resolve_teacher(spec: Any, options: Mapping[str, Any]) -> Teacher | None:
     if isinstance(spec, Mapping):
         return _composed(spec, options)
     if isinstance(spec, Sequence):
-        if not spec or not all(isinstance(url, str) and url.startswith(_URL) for url in spec):
+        if not spec or not all(is_url(url) for url in spec):
             raise ValueError(
                 "a list of teachers holds the URLs of one model's replicas: for different teachers give "
                 "{EnsembleTeacher: {teachers: [...]}}, or {name: teacher} for rows with a `teacher` column"
@@ -56,7 +55,7 @@ def leaves(teacher: Teacher | None) -> tuple[Teacher, ...]:
 
 
 def _named(name: str, options: Mapping[str, Any], loading: Mapping[str, Any]) -> Teacher:
-    if name.startswith(_URL):
+    if is_url(name):
         return _served(name, options)
     if (Path(name) / "cache.json").is_file():
         return CachedTeacher(name)

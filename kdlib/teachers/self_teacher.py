@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from kdlib.data.positions import teacher_inputs
 from kdlib.files import write_whole
 from kdlib.head import Head
-from kdlib.models import hidden_states
+from kdlib.models import evaluating, hidden_states
 from kdlib.types import Positions, Support, TeacherSignal
 
 EMA_FILE = "teacher_ema.safetensors"
@@ -72,7 +72,7 @@ class SelfTeacher:
         assert self.model is not None, "bind_student comes first"
         inputs, index = teacher_inputs(batch, positions)
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(evaluating(self.model))
             if self.kind == "adapter_off":
                 stack.enter_context(_without_adapter(self.model))
             hidden, features = hidden_states(self.model, inputs, layers=layers)
@@ -124,17 +124,6 @@ def _averaged_copy(model: nn.Module) -> nn.Module:
         if id(parameter) not in shared:
             parameter.data = parameter.data.float()
     return made.eval().requires_grad_(False)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

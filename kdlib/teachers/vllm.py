@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from kdlib.data.positions import teacher_inputs
 from kdlib.head import Head
 from kdlib.models import load_tokenizer
-from kdlib.serving.client import BadRowsError, Served, ServerClient
+from kdlib.serving.client import BadRowsError, Served, ServerClient, is_url
 from kdlib.serving.command import batched_tokens, serve_command
 from kdlib.serving.engine import start_engine, stop_engine
 from kdlib.serving.head import checkpoint_head
@@ -70,7 +70,7 @@ class VLLMTeacher:
     ) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
-        served = not isinstance(source, str) or source.startswith(("http://", "https://"))
+        served = not isinstance(source, str) or is_url(source)
         self.k, self.temperature, self.bad_rows = k, temperature, set[int]()
         self.vocab_size: int | None = None
         self._budget, self._max_model_len, self._memory = budget_bytes, max_model_len, gpu_memory_utilization

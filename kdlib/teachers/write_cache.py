@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.data.cache import Block, CacheIndex, CacheMeta, CacheWriter, Signals
 from kdlib.data.collate import DistillationCollator
+from kdlib.data.keys import draw_key
 from kdlib.data.positions import causal_positions
 from kdlib.kernels.outcomes import top_k
 from kdlib.serving.client import BadRowsError
@@ -188,7 +189,6 @@ def _uniform(sample_ids: list[int], counts: list[int], *, draws: int, seed: int)
     """Uniform numbers [sum of counts, draws]; a sequence's depend on (seed, sample_id) alone."""
     drawn = []
     for sample_id, count in zip(sample_ids, counts, strict=True):
-        key = xxhash.xxh64_intdigest(np.array([seed, sample_id], "<i8").tobytes()) & (2**63 - 1)
-        generator = torch.Generator().manual_seed(key)
+        generator = torch.Generator().manual_seed(draw_key(seed, sample_id))
         drawn.append(torch.rand(count, draws, generator=generator, dtype=torch.float64))
     return torch.cat(drawn)

@@ -138,7 +138,7 @@ class DistillationTrainer(SummedEvaluation):
         return 1.0
 
     def prepare(self, batches: list[Batch]) -> list[Batch]:
-        """Once per optimizer step, all its micro-batches, before rows are counted: rollouts, masks, selection."""
+        """Once per optimizer step, all its micro-batches with their rollouts, before rows are counted: masks, selection."""
         return batches
 
     def loss_of(self, student: StudentSignal, teacher: TeacherSignal | None) -> Loss:
@@ -165,7 +165,8 @@ class DistillationTrainer(SummedEvaluation):
         if self.waits_for_engines:
             self._stop_if_away(failure, device)
         counts = self._global_counts(batches, device)
-        self._step_start = self._watch.now()
+        # a teacher that was asked before the update is no part of it: after_step takes away all of the teacher's seconds
+        self._step_start = self._watch.now() - self._watch.seconds().get("time/teacher", 0.0)
         return batches, counts
 
     def _step_batches(self, iterator: Iterator[Batch], num_batches: int) -> tuple[list[Batch], Exception | None]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
+from kdlib.data.keys import draw_key
 from kdlib.data.rollout_rows import prompt_ids, with_completion
 from kdlib.types import Completion, Sampler, SamplingParams
 
@@ -106,8 +105,7 @@ class Rollouts:
 
 def row_key(seed: int, step: int, row: Mapping[str, Any], *, purpose: int) -> int:
     """A 63-bit key of (seed, optimizer step, prompt, which of its generations, what for)."""
-    parts = [seed, step, row.get("generation", 0), purpose, *prompt_ids(row)]
-    return xxhash.xxh64_intdigest(np.array(parts, "<i8").tobytes()) & (2**63 - 1)
+    return draw_key(seed, step, row.get("generation", 0), purpose, *prompt_ids(row))
 
 
 def unscored(row: Row) -> Row:

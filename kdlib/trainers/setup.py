@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import load_model, load_tokenizer
-from kdlib.objectives import Objective, ReverseKL, RowObjective, SampledReverseKL, SkewReverseKL, Sum
+from kdlib.objectives import Objective, ReverseKL, RowObjective, SkewReverseKL, Sum
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
@@ -189,15 +189,10 @@ def self_teachers(teacher: Teacher | None) -> list[SelfTeacher]:
     return [member for member in leaves(teacher) if isinstance(member, SelfTeacher)]
 
 
-def _has_part(objective: Objective, kind: type[Objective]) -> bool:
-    parts = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
-    return isinstance(objective, kind) or any(_has_part(part, kind) for part in parts)
-
-
 def check_rollouts(teacher: Teacher | None, objective: Objective, args: DistillationConfig) -> None:
     """ValueError for what rollouts cannot be trained on with."""
     own = args.on_policy_fraction > 0 and args.rollout_source != "teacher"
-    if not own and _has_part(objective, SampledReverseKL):
+    if not own and isinstance(objective, RowObjective) and objective.reads_drawn:
         raise ValueError("SampledReverseKL learns from the student's own samples: set on_policy_fraction 1")
     if args.on_policy_fraction == 0:
         return

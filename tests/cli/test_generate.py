@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdlib.cli.generate import GenerateArguments
-from kdlib.cli.generate_loop import draw_seed
 from kdlib.cli.help import docs, shown_default
 from kdlib.cli.parsing import option_names, parse
 from kdlib.cli.recipes import recipes
+from kdlib.data.keys import draw_key
 from tests.cli.conftest import Command, conversation, tree, write_rows
 
 # Judges by the completion's length; raises, abstains or ends the process where the test says so.
@@ -292,7 +292,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 
 
 def test_every_draw_has_a_seed_of_its_own() -> None:
-    seeds = {draw_seed(seed, prompt, i) for seed in range(5) for prompt in (0, 1, 2**63 - 1) for i in range(5)}
+    seeds = {draw_key(seed, prompt, i) for seed in range(5) for prompt in (0, 1, 2**63 - 1) for i in range(5)}
     assert len(seeds) == 75 and all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,25 @@ def test_a_run_without_its_teacher_stops_with_a_checkpoint_and_resumes_to_the_sa
     resumed.train(resume_from_checkpoint=True)
     for name, expected in weights(whole).items():
         assert torch.equal(weights(resumed)[name], expected), name
+
+
+class Slow(HFTeacher):
+    """A teacher that takes longer than the update."""
+
+    def signal(self, batch: Any, positions: Positions, layers: tuple[int, ...] = ()) -> TeacherSignal:
+        time.sleep(0.5)
+        return super().signal(batch, positions, layers)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_the_teachers_seconds_are_not_the_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: bool) -> None:
+    """Whether it is asked within the update, or before it as a served one is."""
+    if served:
+        monkeypatch.setattr("kdlib.trainers.scoring.VLLMTeacher", Slow)
+    trainer = trainer_of(tmp_path, teacher=Slow(tiny_llama(V, seed=1)))
+    trainer.train()
+    assert logged(trainer, "time/teacher")[0] >= 0.5
+    assert logged(trainer, "time/update")[0] > 0
 
 
 def test_rollouts_ahead_use_weights_of_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,5 +211,7 @@ def test_the_command_trains_with_an_engine_in_its_process(tmp_path: Path, tiny_c
     words += ["--on_policy_fraction", "1", "--max_completion_length", "8", "--rollout.engine", "vllm"]
     words += ["--rollout.max_model_len", "128", "--rollout.enforce_eager", "true", "--logging_steps", "1"]
     output = completed(tmp_path / "run", [*words, "--objective", "ReverseKL"])
+    samples = (output / "samples" / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in samples] == [f"two plus {i}" for i in range(4)]
     assert not (output / "rollout_engine").exists(), "the engine has read it"
     assert values(output, "completions/mean_length") and (output / "final" / "model.safetensors").is_file()
