@@ -194,6 +194,12 @@ class TeacherSignal:
             return replace(self, logits=self.logits[..., :vocab_size])
         return self if self.head is None else replace(self, head=self.head.sliced(vocab_size))
 
+    def kept(self, keep: Tensor) -> TeacherSignal:
+        """The rows where ``keep`` [N] is true."""
+        stored = {name: getattr(self, name) for name in ("logits", "hidden", "logp", "ids", "rest")}
+        by_row = {name: x for name, x in stored.items() if x is not None and not (name == "ids" and x.ndim == 1)}
+        return replace(self, **{name: x[keep.to(x.device)] for name, x in by_row.items()})
+
     def with_heads(self, change: Callable[[Head, Tensor], Head]) -> TeacherSignal:
         """The same signal with ``change(head, hidden)`` in the place of its head, if it has one."""
         return self if self.head is None or self.hidden is None else replace(self, head=change(self.head, self.hidden))

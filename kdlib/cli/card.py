@@ -48,12 +48,12 @@ def _facts(trainer: Any, arguments: RunArguments) -> dict[str, str]:
     if isinstance(trainer.teacher, CachedTeacher):
         teacher = f"{trainer.teacher.name}, cached in {teacher}"
     return {
-        "student": arguments.model + (" (its configuration, new weights)" if trainer.args.from_scratch else ""),
+        "student": str(arguments.model) + (" (its configuration, new weights)" if trainer.args.from_scratch else ""),
         "teacher": teacher,
         "data": arguments.dataset_name,
         "objective": repr(arguments.objective),
         "optimizer steps": f"{trainer.state.global_step:,}",
-        "scored tokens": f"{int(trainer.scored_tokens):,}",
+        "scored tokens": f"{int(trainer.totals['scored_tokens']):,}",
     }
 
 

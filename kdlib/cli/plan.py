@@ -1,52 +1,25 @@
-"""What a run will do and hold, before its first step; written to plan.json."""
+"""``kdlib plan``: what can be known before anything is trained."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
 
-import numpy as np
+from rich.console import Console
 
-from kdlib.models import parameter_count
-from kdlib.teachers import HFTeacher, leaves
-
-
-def plan(trainer: Any) -> dict[str, Any]:
-    """Parameters, bytes of weights, gradients and optimizer (AdamW: two moments) on a device, rows, steps."""
-    args, rows = trainer.args, trainer.train_rows
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    tokens, scored = _tokens(rows.dataset)
-    steps = args.max_steps if args.max_steps > 0 else trainer.steps_per_epoch() * args.num_train_epochs
-    found = {
-        "student_parameters": parameter_count(trainer.model),
-        "trainable_parameters": count,
-        "student_bytes": sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
-        "optimizer_bytes": 2 * sum(p.numel() * p.element_size() for p in trained),
-        "rows": len(rows.dataset),
-        "rows_skipped": rows.skipped,
-        "rows_truncated": rows.truncated,
-        "tokens_per_epoch": tokens,
-        "scored_tokens_per_epoch": scored,
-        "optimizer_steps": int(steps),
-        "processes": trainer.accelerator.num_processes,
-    }
-    models = [teacher.model for teacher in leaves(trainer.teacher) if isinstance(teacher, HFTeacher)]
-    if models:
-        parameters = [p for model in models for p in model.parameters()]
-        found["teacher_parameters"] = sum(p.numel() for p in parameters)
-        found["teacher_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
-    if args.on_policy_fraction:
-        rows = args.train_batch_size * args.gradient_accumulation_steps * found["processes"]
-        found["completions_per_step"] = round(rows * args.on_policy_fraction)
-        found["max_completion_length"] = args.max_completion_length
-    return found
+PLANS = {"draft": "the acceptance that drafts of several shapes need to make a target faster; none of them is trained"}
 
 
-def _tokens(dataset: Any) -> tuple[int, int]:
-    """(tokens, scored tokens) of an epoch; a row's first token is never scored."""
-    tokens = scored = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=4096):
-        labels = batch["labels"].combine_chunks().flatten().to_numpy()
-        tokens, scored = tokens + len(labels), scored + int(np.sum(labels != -100))
-    return tokens, scored
+def run(words: list[str]) -> int:
+    if words and words[0] in PLANS:
+        from kdlib.cli import plan_draft
+
+        return plan_draft.run(words[1:])
+    if words and words[0] not in ("-h", "--help"):
+        near = difflib.get_close_matches(words[0], PLANS, n=1)
+        raise ValueError(f"no plan {words[0]!r}: " + (f"did you mean {near[0]}?" if near else f"choose {', '.join(PLANS)}"))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print("usage: kdlib plan WHAT [options]\n", markup=False)
+    for name, what in PLANS.items():
+        console.print(f"  {name:<10}{what}", markup=False)
+    console.print("\nkdlib plan WHAT --help shows its options. Every kdlib distill writes its own plan.json.", markup=False)
+    return 0 if words else 2

@@ -1,6 +1,7 @@
 """Linear layer + divergence in one call, without [N, V] logits.
 
 ``linear_objective`` has several implementations of one contract; ``reference`` is plain autograd and the oracle of the others.
+``row_values`` gives the rows themselves, without gradient.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from typing import Literal
 import torch
 
 from kdlib.kernels.chunked import chunked
+from kdlib.kernels.matched import matched
 from kdlib.kernels.reference import reference
-from kdlib.types import Loss, RowObjective, StudentSignal, TeacherSignal, feeds
+from kdlib.kernels.rows import row_values
+from kdlib.types import Loss, RowObjective, StudentSignal, TeacherSignal
 
-__all__ = ["linear_objective"]
+__all__ = ["linear_objective", "row_values"]
 
 _IMPLEMENTATIONS = {"reference": reference, "chunked": chunked}
 
@@ -34,27 +37,6 @@ def linear_objective(
     """
     if impl != "auto" and impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: choose auto, {' or '.join(_IMPLEMENTATIONS)}")
-    student, teacher = _matched(student, teacher, objective)
+    student, teacher = matched(student, teacher, objective)
     with torch.autocast(student.hidden.device.type, enabled=False):  # which would round logits and gradients to 16 bits
         return _IMPLEMENTATIONS["chunked" if impl == "auto" else impl](student, teacher, objective, metrics)
-
-
-def _matched(
-    student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective
-) -> tuple[StudentSignal, TeacherSignal | None]:
-    """Both sides over the same rows and the same vocabulary, or a ValueError."""
-    if teacher is None:
-        if objective.accepts is not None:
-            raise ValueError(f"{type(objective).__name__} needs a teacher's signal")
-        return student, None
-    if not feeds(teacher.support, objective.accepts):
-        raise ValueError(f"{type(objective).__name__} accepts {objective.accepts}, the teacher gives {teacher.support}")
-    if len(teacher) != len(student.hidden):
-        raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(student.hidden)}")
-    if teacher.vocab_size is None or teacher.vocab_size == student.head.out_features:
-        return student, teacher
-    shared = min(teacher.vocab_size, student.head.out_features)
-    sliced = StudentSignal(
-        hidden=student.hidden, head=student.head.sliced(shared), positions=student.positions, features=student.features
-    )
-    return sliced, teacher.sliced(shared)

@@ -31,6 +31,13 @@ def chunked(student: StudentSignal, teacher: TeacherSignal | None, objective: Ro
     return Loss(sum=sums, count=len(hidden), metrics=summed({k: torch.cat(v) for k, v in job.found.items()}))
 
 
+def chunked_rows(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective) -> Tensor:
+    """The rows [N] or [N, J] that ``chunked`` sums, weights applied, without gradient."""
+    job = _Job(student=student, teacher=teacher, objective=objective, metrics=False, found={})
+    _, rows = _run(job, _Gradients((False,) * 5, [None] * 5), False)
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     student: StudentSignal

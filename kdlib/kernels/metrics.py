@@ -11,9 +11,11 @@ from kdlib.types import DenseView, SparseView, Support, View
 
 @torch.no_grad()
 def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
-    """Per-row ``kl_forward kl_reverse entropy_teacher entropy_student top1_agreement`` [n]; nats, agreement in {0, 1}.
+    """Per-row ``kl_forward kl_reverse entropy_teacher entropy_student top1_agreement acceptance acceptance_greedy`` [n].
 
-    On a top-k signal the divergences and the teacher's entropy are over K + 1 outcomes (lower bounds). Ids drawn from the
+    Nats; agreement in {0, 1}; the rate at which speculative decoding accepts a token drafted from q, sum_v min(p_v, q_v), and
+    one drafted greedily, p(argmax q). On a top-k signal the divergences and the teacher's entropy are over K + 1 outcomes, the
+    rates over the K ids, where tokens outside count as rejected: all of them lower bounds. Ids drawn from the
     teacher give ``kl_forward`` as an estimate only; ids drawn from the student ``kl_reverse`` = ``kl_k1`` (log q - log p) and
     ``kl_k3`` (p/q - 1 - log p/q, never negative), both unbiased for KL(q || p), of the rows whose label was drawn.
     """
@@ -30,13 +32,26 @@ def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
         assert teacher.ids is not None
         return found | _of_drawn(student.logp.gather(-1, teacher.ids) - teacher.logp, q)
     logq, logp = outcomes(student, teacher)
+    mass_p, mass_q, drafted = logp.exp(), logq.exp(), full.logp.argmax(-1)
     best = teacher.logp.argmax(-1)
     best = best if teacher.ids is None else teacher.ids.gather(-1, best[:, None])[:, 0]
     return found | {
-        "kl_forward": kl(logp, logq),
-        "kl_reverse": kl(logq, logp),
+        "kl_forward": kl(logp, logq, p=mass_p),
+        "kl_reverse": kl(logq, logp, p=mass_q),
         "entropy_teacher": entropy(logp),
-        "top1_agreement": (best == full.logp.argmax(-1)).to(logp.dtype),
+        "top1_agreement": (best == drafted).to(logp.dtype),
+        **_accepted(mass_p, mass_q, drafted, teacher.ids),
+    }
+
+
+def _accepted(p: Tensor, q: Tensor, drafted: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+    """Both acceptance rates from p and q [n, V], or [n, K + 1] of the given ids and the rest; ``drafted`` [n] is argmax q."""
+    if ids is None:
+        return {"acceptance": torch.minimum(p, q).sum(-1), "acceptance_greedy": p.gather(-1, drafted[:, None])[:, 0]}
+    inside = p[:, :-1]
+    return {
+        "acceptance": torch.minimum(inside, q[:, :-1]).sum(-1),
+        "acceptance_greedy": (inside * (ids == drafted[:, None])).sum(-1),
     }
 
 

@@ -1,5 +1,6 @@
 """Distillation objectives; torch alone is imported. One file per family, each class its own configuration."""
 
+from kdlib.objectives.acceptance import LKHybrid, NegLogAcceptance
 from kdlib.objectives.alpha_beta import AlphaBeta
 from kdlib.objectives.base import Divergence, Objective, RowObjective
 from kdlib.objectives.combine import Sum
@@ -14,6 +15,7 @@ from kdlib.objectives.kl import (
     SkewReverseKL,
 )
 from kdlib.objectives.sampled import SampledReverseKL
+from kdlib.objectives.selective import SelectiveKL
 from kdlib.objectives.taid import TAID, Interpolated
 from kdlib.objectives.topk import DecoupledTopK, PlackettLuce
 from kdlib.objectives.total_variation import TotalVariation
@@ -29,11 +31,14 @@ __all__ = [
     "ForwardKL",
     "GeneralizedJSD",
     "Interpolated",
+    "LKHybrid",
+    "NegLogAcceptance",
     "Objective",
     "PlackettLuce",
     "ReverseKL",
     "RowObjective",
     "SampledReverseKL",
+    "SelectiveKL",
     "SkewKL",
     "SkewReverseKL",
     "Sum",

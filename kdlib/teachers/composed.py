@@ -48,6 +48,9 @@ class MixtureSignal(_Composed):
     def __len__(self) -> int:
         return len(self.members[0])
 
+    def kept(self, keep: Tensor) -> Self:
+        return replace(self, members=tuple(member.kept(keep) for member in self.members))
+
     def view(self, rows: slice, *, out: Tensor | None = None) -> MixtureView:
         """The rows of every member, projected into memory of their own: ``out`` holds but one member and is not used."""
         return MixtureView([member.view(rows) for member in self.members], self.log_weights)
@@ -80,6 +83,11 @@ class RoutedSignal(_Composed):
 
     def __len__(self) -> int:
         return len(self.route)
+
+    def kept(self, keep: Tensor) -> Self:
+        here = keep.to(self.route.device)
+        parts = [member.kept(here[self.route == number]) for number, member in enumerate(self.members)]
+        return replace(self, members=tuple(parts), route=self.route[here])
 
     def view(self, rows: slice, *, out: Tensor | None = None) -> RoutedView:
         """The rows of each member, projected with its own head; ``out`` is not used."""

@@ -12,10 +12,11 @@ from kdlib.lazy import exports
 if TYPE_CHECKING:
     from kdlib.trainers.config import DistillationConfig
     from kdlib.trainers.distillation import DistillationTrainer
+    from kdlib.trainers.draft import DraftTrainer
 
-_HOME = {"DistillationConfig": "config", "DistillationTrainer": "distillation"}
+_HOME = {"DistillationConfig": "config", "DistillationTrainer": "distillation", "DraftTrainer": "draft"}
 
-__all__ = ["DistillationConfig", "DistillationTrainer"]
+__all__ = ["DistillationConfig", "DistillationTrainer", "DraftTrainer"]
 
 
 __getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

@@ -63,6 +63,8 @@ class DistillationConfig(TrainingArguments):
         max_completion_length: new tokens of a rollout; one cut there is scored and not taught to end.
         max_staleness: how many optimizer steps old the weights that draw rollouts may be. 0 is strictly on-policy and
             reproducible; above it rollouts and teacher run while the student is updated.
+        rollout_refresh_steps: every how many optimizer steps the weights that draw rollouts are renewed; reproducible for any
+            value, and strictly on-policy with 1.
         rollout: the engine that draws rollouts, and how it samples.
         merge_adapter: write final/ with the adapter merged into the weights; false keeps it an adapter.
     """
@@ -113,6 +115,7 @@ class DistillationConfig(TrainingArguments):
     generation_batch_size: int | None = None
     max_completion_length: int = 256
     max_staleness: int = 0
+    rollout_refresh_steps: int = 1
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     merge_adapter: bool = True
@@ -147,7 +150,13 @@ class DistillationConfig(TrainingArguments):
     def _refuse_rollouts(self) -> None:
         if not 0.0 <= self.on_policy_fraction <= 1.0:
             raise ValueError(f"on_policy_fraction is a share of rows, from 0 to 1, not {self.on_policy_fraction}")
-        for name, lowest in (("num_generations", 1), ("max_completion_length", 1), ("max_staleness", 0), ("signal_top_k", 1)):
+        for name, lowest in (
+            ("num_generations", 1),
+            ("max_completion_length", 1),
+            ("max_staleness", 0),
+            ("signal_top_k", 1),
+            ("rollout_refresh_steps", 1),
+        ):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, not {getattr(self, name)}")
         if self.generation_batch_size is not None and self.generation_batch_size < 1:
@@ -162,6 +171,10 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 "packing puts dataset rows together before rollouts are drawn: leave it out with on_policy_fraction"
             )
+        if self.max_staleness and self.rollout_refresh_steps > 1:
+            raise ValueError("rollout_refresh_steps renews weights at given steps, max_staleness when they are ready: use one")
+        if self.rollout_refresh_steps > 1 and self.rollout_source == "corrected":
+            raise ValueError("corrected rollouts are finished by the student as it is: they need rollout_refresh_steps 1")
         if self.max_staleness and self.rollout_source == "corrected":
             raise ValueError("corrected rollouts go back and forth between student and teacher: they need max_staleness 0")
 

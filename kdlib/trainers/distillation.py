@@ -38,6 +38,8 @@ from kdlib.types import Loss, Positions, StudentSignal, Teacher, TeacherSignal
 
 Batch = dict[str, Any]
 AWAY = (ServerAwayError, StaleEngineError)
+# Over the whole run and all ranks: rows of the loss, tokens read by the student with gradient, tokens of rollouts.
+TOTALS = ("scored_tokens", "seen_tokens", "generated_tokens")
 
 
 class DistillationTrainer(SummedEvaluation):
@@ -54,6 +56,7 @@ class DistillationTrainer(SummedEvaluation):
     Raises ValueError when teacher, objective, tokenizers or data do not fit, before anything is written.
     """
 
+    selects_rows = False  # whether ``prepare`` chooses rows for SelectiveKL
     loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
 
     def __init__(
@@ -75,7 +78,7 @@ class DistillationTrainer(SummedEvaluation):
         args = args or DistillationConfig(output_dir=setup.default_output_dir(model))
         set_seed(args.seed)
         tokenizer = processing_class or setup.student_tokenizer(model, args)
-        self.objective = setup.checked_objective(objective or ForwardKL())
+        self.objective = setup.checked_objective(objective or ForwardKL(), selects_rows=self.selects_rows)
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)
         self.vocab_size = setup.match_tokenizers(self.teacher, tokenizer, args)
@@ -86,7 +89,7 @@ class DistillationTrainer(SummedEvaluation):
         setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
         setup.check_rollouts(self.teacher, self.objective, args)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
-        check_head(student, role="student")
+        self.check_student(student)
         self.published_dtype = setup.published_dtype(model, args)
         attention: str | None = student.config._attn_implementation  # type: ignore[union-attr, assignment]
         flat = args.packing and "flash" in (attention or "")
@@ -107,10 +110,10 @@ class DistillationTrainer(SummedEvaluation):
         self.teacher_signals = TeacherSignals(self.teacher, self.objective, autocast=self.accelerator.autocast)
         self.on_policy = OnPolicy(self) if args.on_policy_fraction else None
         self.objective_state: dict[str, float] = {}
-        self.scored_tokens, self.seen_tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self.totals = dict.fromkeys(TOTALS, torch.zeros((), dtype=torch.float64))
         self._resumed_state: dict[str, Any] | None = None
         self._watching, self._window, self._evaluated, self._watch = False, Sums(), Sums(), Stopwatch()
-        self._step_loss, self._window_start = torch.zeros(()), (0.0, 0.0)
+        self._step_loss, self._window_start, self._generated = torch.zeros(()), (0.0, 0.0), 0
         self.signals_received = StopOnSignal()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -125,13 +128,22 @@ class DistillationTrainer(SummedEvaluation):
 
     def terms(self, model: nn.Module, batch: Batch, signals: Mapping[str, TeacherSignal | None]) -> dict[str, Loss]:
         """The terms' sums over this micro-batch, inside the wrapper's forward; ``batch["positions"]`` holds the positions."""
-        positions, layers = batch["positions"]["distill"], self.objective.layers
+        student = self.student_signal(model, batch, batch["positions"]["distill"], layers=self.objective.layers)
+        return {"distill": self.loss_of(student, signals["distill"])}
+
+    def student_signal(
+        self, model: nn.Module, batch: Batch, positions: Positions, *, layers: tuple[int, ...] = ()
+    ) -> StudentSignal:
+        """What ``model`` says at ``positions``: hidden states [N, D] and the head that makes logits of them."""
         with self.accelerator.autocast():
             hidden, features = hidden_states(model, batch, layers=layers)
         head = Head.of(model, vocab_size=self.vocab_size, dtype=self.args.compute_dtype)
         rows = hidden.flatten(0, 1).index_select(0, positions.index)
-        student = StudentSignal(hidden=rows, head=head, positions=positions, features=features)
-        return {"distill": self.loss_of(student, signals["distill"])}
+        return StudentSignal(hidden=rows, head=head, positions=positions, features=features)
+
+    def check_student(self, student: nn.Module) -> None:
+        """ValueError for a student whose logits ``Head`` cannot make; called before anything is written."""
+        check_head(student, role="student")
 
     def term_weight(self, term: str) -> float:
         """The weight of a term's mean in the step's loss."""
@@ -196,6 +208,7 @@ class DistillationTrainer(SummedEvaluation):
         step = self.on_policy.next(pull, step=self.state.global_step + 1)
         for name, seconds in step.seconds.items():
             self._watch.add(name, seconds)
+        self._generated = step.counts.tokens
         self._window.add(step.counts.metrics(self.accelerator.device))
         return step.batches
 
@@ -241,11 +254,14 @@ class DistillationTrainer(SummedEvaluation):
     def _global_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
         names = batches[0]["positions"] if batches else ()
         local = {name: sum(len(batch["positions"][name]) for batch in batches) for name in names}
-        tokens = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batches)
-        rows = torch.tensor([*local.values(), self.signals_received.received is not None], dtype=torch.float64, device=device)
-        *rows, signals, tokens = self.accelerator.reduce(torch.cat([rows, rows.new_zeros(1) + tokens]), reduction="sum")
-        self.scored_tokens = self.scored_tokens.to(device) + torch.stack(rows).sum()
-        self.seen_tokens = self.seen_tokens.to(device) + tokens
+        seen = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batches)
+        known = [*local.values(), self.signals_received.received is not None, self._generated]
+        counts = torch.tensor(known, dtype=torch.float64, device=device)
+        *rows, signals, generated, seen = self.accelerator.reduce(
+            torch.cat([counts, counts.new_zeros(1) + seen]), reduction="sum"
+        )
+        for name, found in zip(TOTALS, (torch.stack(rows).sum(), seen, generated), strict=True):
+            self.totals[name] = self.totals[name].to(device) + found
         if self.accelerator.num_processes > 1:
             self.signals_received.agreed = bool(signals)  # seen by all ranks before the same step
         return dict(zip(local, torch.stack(rows).float(), strict=True))
@@ -284,10 +300,18 @@ class DistillationTrainer(SummedEvaluation):
         super().log(logs, start_time)
 
     def _throughput(self) -> dict[str, float]:
-        now, seen = self._watch.now(), float(self.seen_tokens)
+        now, totals = self._watch.now(), self.token_totals()
         start, before = self._window_start
-        self._window_start = (now, seen)
-        return {"scored_tokens": float(self.scored_tokens), "tokens_per_second": (seen - before) / (now - start)}
+        self._window_start = (now, totals["seen_tokens"])
+        return totals | self.passes(totals) | {"tokens_per_second": (totals["seen_tokens"] - before) / (now - start)}
+
+    def passes(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Tokens that each model has read or written, made of ``totals``, where methods differ in it."""
+        return {}
+
+    def token_totals(self) -> dict[str, float]:
+        """``TOTALS`` so far, over the whole run and all ranks: what methods are compared by at equal cost."""
+        return {name: float(total) for name, total in self.totals.items()}
 
     # Resuming
 
@@ -317,9 +341,10 @@ class DistillationTrainer(SummedEvaluation):
         """State of the objective and counters, fresh or from the checkpoint."""
         saved, self._resumed_state = self._resumed_state, None
         self.objective_state = saved["objective"] if saved else self.objective.init_state(self.state.max_steps)
-        for name in ("scored_tokens", "seen_tokens"):
-            setattr(self, name, torch.tensor(saved[name] if saved else 0.0, dtype=torch.float64))
-        self._window_start = (self._watch.now(), float(self.seen_tokens))
+        self.totals = {name: torch.tensor(saved.get(name, 0.0) if saved else 0.0, dtype=torch.float64) for name in TOTALS}
+        self._window_start = (self._watch.now(), float(self.totals["seen_tokens"]))
+        if saved and self.on_policy is not None:
+            self.on_policy.restore(saved["directory"])
         if saved:
             for teacher in setup.self_teachers(self.teacher):
                 teacher.load(saved["directory"])
@@ -364,11 +389,8 @@ class DistillationTrainer(SummedEvaluation):
         super()._save_checkpoint(model, trial)
         for teacher in setup.self_teachers(self.teacher) if self.args.should_save else ():
             teacher.save(path.parent)
+        if self.on_policy is not None and self.args.should_save:
+            self.on_policy.save(path.parent)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            state = {
-                "objective": self.objective_state,
-                "scored_tokens": float(self.scored_tokens),
-                "seen_tokens": float(self.seen_tokens),
-            }
-            write_whole(path, json.dumps(state))
+            write_whole(path, json.dumps({"objective": self.objective_state, **self.token_totals()}))

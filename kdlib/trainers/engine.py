@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,21 @@ from kdlib.files import write_whole
 from kdlib.models import inner
 from kdlib.samplers import HFSampler, ServerSampler, VLLMSampler, merged_weights, probe_sequences, verify_sync
 from kdlib.teachers import HFTeacher
+from kdlib.trainers.snapshot import Snapshot
 from kdlib.types import Sampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """Weights for the engine, and what the student with them says about ``probes`` (nats); empty where nothing is compared."""
-
-    weights: list[tuple[str, torch.Tensor]]
-    probes: list[list[int]]
-    expected: list[list[float]]
 
 
 class Engine:
     """``sampler`` as the trainer's options ask for; ``student`` draws from and scores with the live model.
 
-    has_own_weights: it must be given the student's. ahead: rollouts are drawn while the student changes.
+    has_own_weights: it must be given the student's. ahead: rollouts are drawn while the student changes. keeps_weights: it
+    draws with weights that the student has left behind, and so needs a copy of them.
     Raises ValueError for combinations that cannot work.
     """
 
     def __init__(self, trainer: Any, *, ahead: bool) -> None:
         self.trainer, self.ahead, self.untied = trainer, ahead, False
+        self.keeps_weights = ahead or trainer.args.rollout_refresh_steps > 1
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.student = self._of(model)
         writes = trainer.args.rollout_source != "teacher"
@@ -46,7 +39,7 @@ class Engine:
     def _made(self, model: nn.Module) -> Sampler:
         args, several = self.trainer.args, self.trainer.accelerator.num_processes > 1
         if args.rollout.engine == "hf":
-            return self._of(model, own_copy=True) if self.ahead else self.student
+            return self._of(model, own_copy=True) if self.keeps_weights else self.student
         if several and self.ahead:
             raise ValueError("max_staleness above 0 with a server needs one training process: set it to 0, or use engine hf")
         if args.rollout.engine == "server":
@@ -104,11 +97,11 @@ class Engine:
         """The student as it is now; its tensors are copied where it goes on changing meanwhile."""
         args = self.trainer.args
         found = merged_weights(self.trainer.accelerator.unwrap_model(self.trainer.model), untied=self.untied)
-        weights = [(name, tensor.clone() if self.ahead else tensor) for name, tensor in found]
+        weights = [(name, tensor.clone() if self.keeps_weights else tensor) for name, tensor in found]
         if args.rollout.engine == "hf":  # a copy of the same modules: names and shapes are checked when they are loaded
-            return Snapshot(weights=weights, probes=[], expected=[])
+            return Snapshot(step=step, weights=weights, probes=[], expected=[])
         probes = probe_sequences(self.trainer.vocab_size, seed=args.seed + step)
-        return Snapshot(weights=weights, probes=probes, expected=self.student.score(probes))
+        return Snapshot(step=step, weights=weights, probes=probes, expected=self.student.score(probes))
 
     def sync(self, snapshot: Snapshot) -> None:
         """Loads the weights and compares log-probs; a server is given them by one process. StaleEngineError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from kdlib.samplers import StaleEngineError
 from kdlib.teachers import HFTeacher, VLLMTeacher, leaves
 from kdlib.trainers import turns
 from kdlib.trainers.correction import Correction
-from kdlib.trainers.engine import Engine, Snapshot
+from kdlib.trainers.engine import Engine
 from kdlib.trainers.lookahead import Lookahead
 from kdlib.trainers.rollout_log import RolloutLog
 from kdlib.trainers.rollouts import Correct, RolloutCounts, Rollouts, Row
+from kdlib.trainers.snapshot import Snapshot
 from kdlib.types import Positions, TeacherSignal
 
 Batch = dict[str, Any]
 Work = tuple[list[Batch], Snapshot | None]
+WEIGHTS_FILE = "rollout_weights.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -36,7 +39,9 @@ class Step:
 
 
 class OnPolicy:
-    """Turns the rows of a step into batches with rollouts; keeps the engine's weights at most ``max_staleness`` steps old.
+    """Turns the rows of a step into batches with rollouts, drawn with weights of the last ``rollout_refresh_steps`` steps.
+
+    With ``max_staleness`` they are that many steps older.
 
     Raises ValueError at construction for what cannot work: no end-of-turn token, an engine that cannot be had.
     """
@@ -59,7 +64,8 @@ class OnPolicy:
         )
         self.log = RolloutLog(args.output_dir, trainer.processing_class, limit=args.max_completion_length)
         self._lookahead: Lookahead[Work, Step] | None = None
-        self._synced = -1
+        self._newest: Snapshot | None = None  # what rollouts are to be drawn with, until nothing needs it any more
+        self._taken, self._held = -1, -1  # the step of the newest snapshot, and of the one that the engine has
 
     def _stop_ids(self, model: torch.nn.Module) -> tuple[int, ...]:
         """What ends a completion; student and teacher are compared in it, and in their thinking mode."""
@@ -97,20 +103,45 @@ class OnPolicy:
 
     def next(self, pull: Callable[[], list[Batch]], *, step: int) -> Step:
         """The batches of ``step`` (1-based), from what ``pull`` gives; an empty list from it ends the epoch."""
-        newest = [self.engine.snapshot(step)] if self.engine.has_own_weights and self._synced != step else []
-        self._synced = step
+        if self._due(step):
+            self._newest, self._taken = self.engine.snapshot(step), step
         if not self.ahead:
-            return self._made((pull(), newest.pop() if newest else None), step)
+            return self._made((pull(), self._weights()), step)
         if self._lookahead is None:
             self._lookahead = Lookahead(self._made, depth=self.trainer.args.max_staleness)
 
         def pull_with_weights() -> Work | None:
             batches = pull()
-            return (batches, newest.pop() if newest else None) if batches else None
+            return (batches, self._weights()) if batches else None
 
         made, waits = self._lookahead.next(pull_with_weights, step=step)
         made.seconds |= {"wait_rollout": waits.update, "wait_update": waits.rollout}
         return made
+
+    def _due(self, step: int) -> bool:
+        """Whether the engine's weights are renewed before ``step``: at the first, and at every refresh."""
+        if not self.engine.has_own_weights or self._taken == step:
+            return False
+        return self._taken < 0 or (step - 1) % self.trainer.args.rollout_refresh_steps == 0
+
+    def _weights(self) -> Snapshot | None:
+        """The snapshot, kept where later steps draw with it too: it may be one more copy of the student."""
+        newest = self._newest
+        if self.trainer.args.rollout_refresh_steps == 1:
+            self._newest = None
+        return newest
+
+    def save(self, checkpoint: Path) -> None:
+        """The weights that the next steps draw with, where a resumed run could not make them again."""
+        following = self.trainer.state.global_step + 1
+        if self._newest is not None and (following - 1) % self.trainer.args.rollout_refresh_steps != 0:
+            self._newest.save(checkpoint / WEIGHTS_FILE)
+
+    def restore(self, checkpoint: Path) -> None:
+        """What ``save`` has left there, if anything."""
+        if (checkpoint / WEIGHTS_FILE).is_file():
+            self._newest = Snapshot.load(checkpoint / WEIGHTS_FILE)
+            self._taken = self._newest.step
 
     def _made(self, work: Work, step: int) -> Step:
         batches, snapshot = work
@@ -129,7 +160,9 @@ class OnPolicy:
         """Rows with completions by an engine that had the snapshot's weights until the end; StaleEngineError otherwise."""
         if snapshot is None:
             return self.rollouts(rows, step=step)
-        self.engine.sync(snapshot)
+        if snapshot.step != self._held:
+            self.engine.sync(snapshot)
+            self._held = snapshot.step
         found = self.rollouts(rows, step=step)
         try:
             self.engine.verify(snapshot)
@@ -155,7 +188,7 @@ class OnPolicy:
         """Forgets rollouts made ahead."""
         if self._lookahead is not None:
             self._lookahead.clear()
-        self._synced = -1
+        self._newest, self._taken, self._held = None, -1, -1
 
     def close(self) -> None:
         """Ends the thread and the engine."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import load_model, load_tokenizer
-from kdlib.objectives import Objective, ReverseKL, RowObjective, SkewReverseKL, Sum
+from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, SkewReverseKL, Sum
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
@@ -114,9 +114,15 @@ def _adapted(model: nn.Module, peft_config: PeftConfig, args: DistillationConfig
     return adapted
 
 
-def checked_objective(objective: Objective) -> Objective:
+def checked_objective(objective: Objective, *, selects_rows: bool) -> Objective:
+    """The objective; ValueError for what is none, and for SelectiveKL where nothing would select."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be a kdlib.objectives.Objective, not {type(objective).__name__}")
+    parts = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
+    if any(isinstance(part, SelectiveKL) for part in parts):
+        raise ValueError("SelectiveKL keeps some rows and drops the others for all: it cannot be part of a Sum")
+    if isinstance(objective, SelectiveKL) and not selects_rows:
+        raise ValueError("SelectiveKL chooses rows with a reference model: train with kdlib draft (DraftTrainer)")
     return objective
 
 

@@ -25,6 +25,8 @@ WATCHED = {
     "entropy_student",
     "top1_agreement",
     "scored_tokens",
+    "seen_tokens",
+    "generated_tokens",
     "tokens_per_second",
 }
 TIMES = {"time/teacher", "time/update", "time/data"}
@@ -54,7 +56,9 @@ def test_every_logged_step_has_the_metrics_of_a_distiller(tmp_path: Path) -> Non
     assert training[-1]["scored_tokens"] > training[0]["scored_tokens"] > 0
     evaluated = [line for line in lines(tmp_path) if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [2, 4]
-    assert {f"eval_{key}" for key in WATCHED - {"scored_tokens", "tokens_per_second"}} <= evaluated[0].keys()
+    assert {
+        f"eval_{key}" for key in WATCHED - {"scored_tokens", "seen_tokens", "generated_tokens", "tokens_per_second"}
+    } <= evaluated[0].keys()
 
 
 def test_metrics_are_measured_on_logged_steps_only(tmp_path: Path) -> None:

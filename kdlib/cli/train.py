@@ -1,0 +1,215 @@
+"""What the training commands share: options in, a run directory with a scored, loadable final/ and a report out."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import Console
+
+from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
+from kdlib.cli.launch import relaunch
+from kdlib.cli.parsing import Options, parse
+from kdlib.cli.run_directory import RunDirectory, Stage
+from kdlib.cli.scoring import ScoringArguments, check_tasks
+
+if TYPE_CHECKING:
+    from kdlib.trainers import DistillationConfig, DistillationTrainer
+
+
+class Run:
+    """One call of a training command: its options, its directory, and what happens in order.
+
+    Subclasses name the command and make the trainer.
+    """
+
+    command: ClassVar[str]
+    description: ClassVar[str]
+    arguments_class: ClassVar[type[RunArguments]] = RunArguments
+
+    @classmethod
+    def config_class(cls) -> type[DistillationConfig]:
+        from kdlib.trainers.config import DistillationConfig
+
+        return DistillationConfig
+
+    @classmethod
+    def classes(cls) -> list[type]:
+        """The dataclasses whose fields are the command's options."""
+        return [cls.arguments_class, AdapterArguments, ScoringArguments, LaunchArguments, cls.config_class()]
+
+    @classmethod
+    def run(cls, words: list[str], *, quiet: bool = False) -> int:
+        """The exit code; ``quiet`` leaves out the lines about the run, for a command that makes several."""
+        options = parse(cls.command, cls.description, cls.classes(), words)
+        if options is None:
+            return 0
+        if options.build(cls.arguments_class).preview:
+            return cls(options, words=words, quiet=quiet).preview()
+        if options.config["output_dir"] is None:
+            raise ValueError("output_dir missing: add --output_dir DIR")
+        directory = RunDirectory(options.config["output_dir"])
+        stage = directory.stage(options.config, overwrite=options.build(cls.arguments_class).overwrite)
+        relaunch(cls.command, words, options.build(LaunchArguments))
+        return cls(options, words=words, quiet=quiet).start(stage)
+
+    def __init__(self, options: Options, *, words: list[str], quiet: bool) -> None:
+        self.options, self.words = options, words
+        self.arguments, self.scoring = options.build(self.arguments_class), options.build(ScoringArguments)
+        self.adapter, self.args = options.build(AdapterArguments), options.build(self.config_class())
+        self.directory = RunDirectory(str(self.args.output_dir))
+        self.main, self.quiet = self.args.process_index == 0, quiet
+        self.log = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet or not self.main)
+
+    def preview(self) -> int:
+        """Rows as they would be trained on: needs the student's tokenizer, no model."""
+        from kdlib.data import preview_rows
+        from kdlib.trainers import setup
+
+        tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args)
+        rows = setup.prepared(_training_rows(self.arguments), tokenizer, self.args, packing=self.args.packing)
+        assert rows is not None
+        Console(soft_wrap=True, highlight=False).print(preview_rows(rows.dataset, tokenizer, count=self.arguments.preview))
+        return 0
+
+    def tokenizer_source(self) -> str:
+        """The path or Hub id beside which the student's tokenizer lies."""
+        return str(self.arguments.model)
+
+    def start(self, stage: Stage) -> int:
+        """The exit code; nothing is written before all that can be checked has been."""
+        if stage is Stage.DONE:
+            self.log.print(
+                f"{self.directory.path} holds this run, finished; --overwrite true starts it anew",
+                markup=False,
+            )
+            self._closing_lines()
+            return 0
+        trainer, plan = self._prepared()
+        trainer.accelerator.wait_for_everyone()  # all ranks have looked at the directory before it changes
+        if self.main:
+            self.directory.begin(self.options.config, words=[self.command, *self.words], plan=plan, stage=stage)
+        self.log.print(_plan_line(plan), markup=False)
+        checkpoint = self.directory.checkpoint if stage is Stage.RESUME else None
+        if checkpoint is not None:
+            self.log.print(f"resuming from {checkpoint}", markup=False)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            trainer.close()
+        stopped = trainer.signals_received.received is not None
+        code = self._stopped(trainer) if stopped else self._finish(trainer)
+        trainer.accelerator.end_training()  # gloo's threads, left running, can abort a process that has done its work
+        return code
+
+    def _prepared(self) -> tuple[DistillationTrainer, dict[str, Any]]:
+        """The trainer and its plan; where something does not fit, output_dir stays as it was."""
+        from kdlib.cli.plan_run import plan
+
+        check_tasks(self.scoring)
+        try:
+            trainer = self._trainer()
+            return trainer, plan(trainer)
+        except BaseException:
+            self.directory.remove_if_empty()
+            raise
+
+    def make_trainer(self, **given: Any) -> DistillationTrainer:
+        """The trainer with what every command gives it: ``given``."""
+        raise NotImplementedError
+
+    def _trainer(self) -> DistillationTrainer:
+        from transformers import TrainerCallback
+
+        from kdlib.cli.adapters import peft_config, quantization_config
+
+        callbacks: list[TrainerCallback] = []
+        if self.scoring.tasks:
+            from kdlib.eval import EvaluateCallback
+
+            callbacks.append(EvaluateCallback(**self._scoring_options()))
+        return self.make_trainer(
+            objective=self.arguments.objective,
+            args=self.args,
+            train_dataset=_training_rows(self.arguments),
+            eval_dataset=self._evaluation_rows(),
+            callbacks=callbacks,
+            quantization_config=quantization_config(self.adapter),
+            peft_config=peft_config(self.adapter),
+        )
+
+    def _evaluation_rows(self) -> Any:
+        from kdlib.data import load_rows
+
+        a = self.arguments
+        if a.eval_dataset_name or a.dataset_test_split:
+            name, split = a.eval_dataset_name or a.dataset_name, a.dataset_test_split or "train"
+            return load_rows(name, split=split, config=a.dataset_config)
+        if self.args.eval_strategy != "no":
+            raise ValueError("eval_strategy without evaluation rows: add --eval_dataset_name or --dataset_test_split")
+        return None
+
+    def _scoring_options(self) -> dict[str, Any]:
+        return {**asdict(self.scoring), "batch_size": self.args.per_device_eval_batch_size}
+
+    def _stopped(self, trainer: DistillationTrainer) -> int:
+        number = trainer.signals_received.received
+        if self.main:
+            line = f"stopped at step {trainer.state.global_step}; the same command resumes"
+            Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
+        return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    def _finish(self, trainer: DistillationTrainer) -> int:
+        """Evaluation loss, final/ (whole or absent), scores of final/ itself, samples and the report."""
+        from kdlib.cli.finish import finish
+
+        loss = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        temporary = self.directory.path / "final.tmp"
+        trainer.save_final(temporary)
+        if self.main:
+            self.measure(trainer)
+            finish(
+                self.directory,
+                trainer,
+                temporary=temporary,
+                loss=loss,
+                arguments=self.arguments,
+                scoring=self._scoring_options(),
+            )
+            self._closing_lines()
+        return 0
+
+    def measure(self, trainer: DistillationTrainer) -> None:
+        """What a command measures of its own at the end of a run, on the model in final.tmp."""
+
+    def _closing_lines(self) -> None:
+        from kdlib.cli.finish import summary_table
+
+        if self.main and not self.quiet:
+            out, path = Console(soft_wrap=True, highlight=False), self.directory.path
+            out.print(summary_table(self.directory))
+            out.print(
+                f"model   {path / 'final'}\nreport  {path / 'report.html'}\nmetrics {path / 'metrics.jsonl'}",
+                markup=False,
+            )
+            out.print(f"next    kdlib evaluate --model {path / 'final'} --tasks TASK", markup=False)
+
+
+def _training_rows(arguments: RunArguments) -> Any:
+    from kdlib.data import load_rows
+
+    return load_rows(arguments.dataset_name, split=arguments.dataset_train_split, config=arguments.dataset_config)
+
+
+def _plan_line(plan: dict[str, Any]) -> str:
+    return (
+        f"student {plan['student_parameters']:,} parameters ({plan['trainable_parameters']:,} trained), "
+        f"{plan['rows']:,} rows, {_step_line(plan)}, {plan['optimizer_steps']:,} steps"
+    )
+
+
+def _step_line(plan: dict[str, Any]) -> str:
+    if "completions_per_step" not in plan:
+        return f"{plan['scored_tokens_per_epoch']:,} scored tokens an epoch"
+    return f"{plan['completions_per_step']:,} rollouts of up to {plan['max_completion_length']:,} tokens a step"

@@ -1,0 +1,124 @@
+"""Training a small language model to be the draft of a speculative decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.kernels import row_values
+from kdlib.models import check_head, evaluating, load_model
+from kdlib.objectives import SelectiveKL
+from kdlib.objectives.selective import potential, threshold
+from kdlib.trainers.distillation import Batch, DistillationTrainer
+from kdlib.types import Positions
+
+
+class DraftTrainer(DistillationTrainer):
+    """A DistillationTrainer whose student is a draft q and whose teacher is the target p of speculative decoding.
+
+    reference: for SelectiveKL (AdaSPEC), a model of the draft's size that was distilled from the same start: a path, Hub id or
+    loaded model. The rows with the largest KL(p || q) - KL(p || reference) are kept, chosen once per optimizer step over all
+    its micro-batches and ranks; which costs one more forward pass of the draft and one of the reference, counted in the log.
+    Evaluation scores all rows.
+
+    The log adds, over the whole run and all ranks, ``draft_tokens`` (read by the draft in forward passes with and without
+    gradient, and its rollouts), ``target_tokens`` and ``reference_tokens``: what methods are compared by at equal cost.
+    Raises ValueError for SelectiveKL without a reference and for a reference that nothing uses; otherwise as its base class.
+    """
+
+    selects_rows = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: Any = None,
+        *,
+        reference: str | nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        selective = isinstance(options.get("objective"), SelectiveKL)
+        if selective != (reference is not None):
+            raise ValueError(
+                "SelectiveKL chooses rows by a reference model: give one (--reference DIR, or --reference train to make it first)"
+                if selective
+                else "a reference model is read by SelectiveKL alone: leave it out, or add --objective SelectiveKL"
+            )
+        super().__init__(model, teacher, **options)
+        self.reference = None if reference is None else self._loaded(reference)
+
+    def _loaded(self, reference: str | nn.Module) -> nn.Module:
+        """The reference, frozen, on the student's device."""
+        if self.accelerator.distributed_type == "FSDP":
+            raise ValueError("SelectiveKL scores rows before the forward pass, where FSDP has the weights in parts: use ddp")
+        args = self.args
+        made = reference
+        if isinstance(reference, str):
+            made = load_model(reference, dtype=args.teacher_dtype, trust_remote_code=args.trust_remote_code)
+        assert isinstance(made, nn.Module)
+        check_head(made, role="reference")
+        return made.eval().requires_grad_(False).to(self.accelerator.device)
+
+    def passes(self, totals: Mapping[str, float]) -> dict[str, float]:
+        seen, generated = totals["seen_tokens"], totals["generated_tokens"]
+        own = self.args.rollout_source != "teacher"
+        found = {"draft_tokens": seen + generated * own, "target_tokens": seen + generated * (not own)}
+        if self.reference is None:
+            return found
+        return {**found, "draft_tokens": found["draft_tokens"] + seen, "reference_tokens": seen}
+
+    def prepare(self, batches: list[Batch]) -> list[Batch]:
+        """With SelectiveKL, the batches with the rows that are kept."""
+        batches = super().prepare(batches)
+        if self.reference is None:
+            return batches
+        batches = self._with_signals([{**batch, "positions": self.positions(batch)} for batch in batches])
+        deltas = [self._potential(batch) for batch in batches]
+        every = self._gathered(deltas)
+        if not len(every):
+            return batches
+        assert isinstance(self.objective, SelectiveKL)
+        least = threshold(every, self.objective.fraction)
+        share = float((every >= least).sum()) / len(every) if self.objective.normalize == "all" else None
+        return [_kept(batch, delta >= least, share=share) for batch, delta in zip(batches, deltas, strict=True)]
+
+    def _with_signals(self, batches: list[Batch]) -> list[Batch]:
+        """The target is asked once: the choice and the loss read the same signal."""
+        with self._watch.part("teacher"):
+            if self.teacher_signals.served:
+                return self.teacher_signals.all_of(batches)
+            return [batch if "signals" in batch else {**batch, "signals": self.teacher_signals(batch)} for batch in batches]
+
+    @torch.no_grad()
+    def _potential(self, batch: Batch) -> Tensor:
+        """delta [N] of a micro-batch's rows; nats."""
+        positions, signal = batch["positions"]["distill"], batch["signals"]["distill"]
+        draft = self.accelerator.unwrap_model(self.model)
+        assert self.reference is not None and isinstance(self.objective, SelectiveKL)
+        with evaluating(draft):
+            values = [
+                row_values(self.student_signal(model, batch, positions), signal, self.objective)
+                for model in (draft, self.reference)
+            ]
+        return potential(*values)
+
+    def _gathered(self, deltas: list[Tensor]) -> Tensor:
+        """The delta of every rank's rows, which may be of different number."""
+        own = torch.cat([*deltas, torch.zeros(0, device=self.accelerator.device)]).float()
+        if self.accelerator.num_processes == 1:
+            return own
+        counts = self.accelerator.gather(torch.tensor([len(own)], device=own.device))
+        padded = torch.nn.functional.pad(own, (0, int(counts.max()) - len(own)))
+        every = self.accelerator.gather(padded).reshape(len(counts), -1)
+        return torch.cat([row[:count] for row, count in zip(every, counts.tolist(), strict=True)])
+
+
+def _kept(batch: Batch, keep: Tensor, *, share: float | None) -> Batch:
+    """The batch with the kept rows of its term; ``share`` becomes the weight of each."""
+    positions: Positions = batch["positions"]["distill"].kept(keep)
+    if share is not None:
+        positions = replace(positions, weight=torch.full(positions.index.shape, share, device=positions.index.device))
+    return {**batch, "positions": {"distill": positions}, "signals": {"distill": batch["signals"]["distill"].kept(keep)}}
