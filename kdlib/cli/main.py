@@ -15,6 +15,7 @@ import kdlib
 COMMANDS = {
     "demo": "no GPU, no network: train a teacher, distil a student, score both, write an HTML report",
     "distill": "train a student on a teacher's distributions",
+    "draft": "train a draft for speculative decoding, and measure what its target accepts",
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
     "generate": "let a teacher answer prompts: verified traces that train as they are",
     "evaluate": "score a model with lm-eval tasks, bits per byte, and KL to a teacher",

@@ -43,7 +43,7 @@ class DraftTrainer(DistillationTrainer):
         selective = isinstance(options.get("objective"), SelectiveKL)
         if selective != (reference is not None):
             raise ValueError(
-                "SelectiveKL chooses rows by a reference model: give one (--reference DIR, or --reference train to make it first)"
+                "SelectiveKL chooses rows by a reference model: give one (--reference DIR; --reference train makes it)"
                 if selective
                 else "a reference model is read by SelectiveKL alone: leave it out, or add --objective SelectiveKL"
             )

@@ -16,6 +16,8 @@ from kdlib.objectives import CrossEntropy, ForwardKL, ReverseKL, SampledReverseK
 from kdlib.samplers import HFSampler, RolloutConfig
 from kdlib.serving import ServerAwayError
 from kdlib.teachers import EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher
+from kdlib.trainers import DistillationTrainer
+from kdlib.trainers.on_policy import WEIGHTS_FILE
 from kdlib.types import Positions, Support, TeacherSignal
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainers.small import V, cross_entropy, logged, plain_loss, reverse_kl, trainer_of
@@ -211,33 +213,66 @@ def test_the_teachers_seconds_are_not_the_updates(tmp_path: Path, monkeypatch: p
     assert logged(trainer, "time/update")[0] > 0
 
 
-def test_rollouts_ahead_use_weights_of_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step n is drawn by the student after n - 2 updates (1 and 2 by the one that has none); the log says who waits."""
-    trainer = trainer_of(tmp_path, rows=PAIRS, objective=ReverseKL(), config={**GREEDY, "max_staleness": 1, "max_steps": 4})
-    used, versions = [], []
+def followed(trainer: DistillationTrainer, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
+    """Fingerprints of the weights that each step's rollouts were drawn with, and of the student after 0, 1, ... steps."""
     assert trainer.on_policy is not None
     sampler = trainer.on_policy.engine.sampler
     assert isinstance(sampler, HFSampler) and sampler.model is not trainer.model
-    generate = sampler.generate
+    used, versions = [], [fingerprint(trainer.model)]
+    generate, after = sampler.generate, trainer.after_step
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
-        used.append(float(sampler.model.lm_head.weight.double().sum()))  # type: ignore[operator, union-attr]
+        used.append(fingerprint(sampler.model))
         return generate(*arguments, **keywords)
-
-    monkeypatch.setattr(sampler, "generate", watched)
-    versions.append(float(trainer.model.lm_head.weight.double().sum()))
-    after = trainer.after_step
 
     def noted() -> None:
         after()
-        versions.append(float(trainer.model.lm_head.weight.double().sum()))
+        versions.append(fingerprint(trainer.model))
 
+    monkeypatch.setattr(sampler, "generate", watched)
     monkeypatch.setattr(trainer, "after_step", noted)
     trainer.train()
     trainer.close()
+    return used, versions
+
+
+def fingerprint(model: Any) -> float:
+    return float(model.lm_head.weight.double().sum())
+
+
+def test_rollouts_ahead_use_weights_of_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step n is drawn by the student after n - 2 updates (1 and 2 by the one that has none); the log says who waits."""
+    trainer = trainer_of(tmp_path, rows=PAIRS, objective=ReverseKL(), config={**GREEDY, "max_staleness": 1, "max_steps": 4})
+    used, versions = followed(trainer, monkeypatch)
     assert used == pytest.approx([versions[0], versions[0], versions[1], versions[2]], abs=0)
     assert len(set(versions)) == 5
     assert logged(trainer, "time/wait_rollout") and logged(trainer, "time/wait_update")
+
+
+REFRESHED = {**ON_POLICY, "rollout_refresh_steps": 3, "max_steps": 7, "save_strategy": "steps", "save_steps": 1}
+
+
+def test_rollouts_are_drawn_with_the_weights_of_the_last_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tmp_path, rows=PAIRS, objective=ReverseKL(), config={**REFRESHED, "save_strategy": "no"})
+    used, versions = followed(trainer, monkeypatch)
+    assert used == pytest.approx([versions[i] for i in (0, 0, 0, 3, 3, 3, 6)], abs=0)
+    assert len(set(versions)) == 8
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_between_refreshes_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
+    """At step 3 the weights are renewed next, at step 5 those of step 4 are still to be drawn with."""
+    config = {**REFRESHED, "save_total_limit": None}
+    whole, resumed = (
+        trainer_of(tmp_path / name, rows=PAIRS, objective=ReverseKL(), config=config) for name in ("whole", "resumed")
+    )
+    whole.train()
+    checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+    assert (checkpoint / WEIGHTS_FILE).is_file() == (step == 5)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed)[-(7 - step) :] == logged(whole)[step:]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_alarm_when_most_rollouts_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,6 +288,9 @@ def test_alarm_when_most_rollouts_are_cut(tmp_path: Path, caplog: pytest.LogCapt
         ({"on_policy_fraction": 0.5, "packing": True}, "packing"),
         ({"num_generations": 2}, "add on_policy_fraction"),
         ({"on_policy_fraction": 1.0, "max_staleness": 1, "rollout_source": "corrected"}, "max_staleness 0"),
+        ({"on_policy_fraction": 1.0, "max_staleness": 1, "rollout_refresh_steps": 2}, "use one"),
+        ({"on_policy_fraction": 1.0, "rollout_refresh_steps": 2, "rollout_source": "corrected"}, "rollout_refresh_steps 1"),
+        ({"on_policy_fraction": 1.0, "rollout_refresh_steps": 0}, "at least 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:

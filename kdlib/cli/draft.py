@@ -1,0 +1,127 @@
+"""``kdlib draft``: rows, a target and a draft in; a draft that accepts more, its acceptance measured, out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kdlib.cli.arguments import LaunchArguments, RunArguments
+from kdlib.cli.train import Run
+
+if TYPE_CHECKING:
+    from kdlib.trainers import DistillationConfig, DistillationTrainer
+
+DESCRIPTION = """Trains a draft for speculative decoding on its target, and measures what the target accepts.
+
+The draft is a small model of the target's tokenizer (--model PATH), some layers of the target
+(--model '{prune: {layers: [0, 3]}}'), or an EAGLE-3 head (--model eagle3, --model '{eagle3: {...}}' or a published one).
+
+DistillSpec: any divergence, with --on_policy_fraction 1 for the draft's own text. AdaSPEC: --objective SelectiveKL
+--reference train. The same command again resumes; kdlib export draft hands the result to vLLM."""
+TRAIN = "train"  # the value of --reference that makes one first
+
+
+@dataclass
+class MeasureArguments:
+    """How acceptance is measured when training has ended, on the prompts of the evaluation rows (or the training rows).
+
+    Args:
+        num_speculative_tokens: draft lengths to measure.
+        temperature: of serving; 0 is greedy.
+        top_k: of serving; 0 keeps all.
+        top_p: of serving.
+        max_new_tokens: tokens the target writes for a prompt.
+        limit: how many prompts; 0 measures nothing.
+        batch_size: prompts at a time.
+    """
+
+    num_speculative_tokens: list[int] = field(default_factory=lambda: [3, 5])
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    limit: int = 64
+    batch_size: int = 16
+
+
+@dataclass
+class DraftArguments(RunArguments):
+    """What draft is trained for which target (the teacher), on which rows.
+
+    Args:
+        model: the draft: a path or Hub id; {prune: {layers: [...]}}; eagle3, {eagle3: {...}} or a published head.
+        reference: for SelectiveKL, a model that was distilled from the same start; `train` makes it first, by this command
+            with ForwardKL, in OUTPUT_DIR-reference.
+        evaluate: how acceptance is measured at the end.
+    """
+
+    model: Any
+    reference: str | None = None
+    evaluate: MeasureArguments = field(default_factory=MeasureArguments)
+
+
+class DraftRun(Run):
+    """A run of ``kdlib draft``: its trainer is DraftTrainer, or EagleTrainer for a head that reads the target's features."""
+
+    command, description, arguments_class = "draft", DESCRIPTION, DraftArguments
+    arguments: DraftArguments
+
+    @classmethod
+    def config_class(cls) -> type[DistillationConfig]:
+        from kdlib.trainers.eagle import EagleConfig
+
+        return EagleConfig
+
+    def start(self, stage: Any) -> int:
+        """The exit code; the reference, where it is to be trained, comes first."""
+        if self.arguments.reference == TRAIN:
+            code = self._train_reference()
+            if code:
+                return code
+        return super().start(stage)
+
+    def _train_reference(self) -> int:
+        launch = self.options.build(LaunchArguments)
+        here = f"{self.args.output_dir}-reference"
+        asked = ["--objective", "ForwardKL", "--reference", "null", "--output_dir", here, "--evaluate.limit", "0"]
+        if launch.num_processes or launch.accelerate_config or self.args.world_size > 1:
+            raise ValueError(
+                f"--reference train works in one process: run this command with {' '.join(asked)} first, "
+                f"then with --reference {here}/final"
+            )
+        self.log.print(f"reference model first, in {here}", markup=False)
+        return type(self).run([*self.words, *asked], quiet=True)
+
+    def tokenizer_source(self) -> str:
+        from kdlib.cli.draft_model import draft_tokenizer_source
+
+        return draft_tokenizer_source(self.arguments.model, self.arguments.teacher)
+
+    def make_trainer(self, **given: Any) -> DistillationTrainer:
+        from kdlib.cli.draft_model import make_trainer
+
+        reference = self.arguments.reference
+        if reference == TRAIN:
+            reference = f"{self.args.output_dir}-reference/final"
+        return make_trainer(
+            self.arguments.model,
+            self.arguments.teacher,
+            reference=reference,
+            tokenizer_source=self.tokenizer_source(),
+            given=given,
+        )
+
+    def measure(self, trainer: DistillationTrainer) -> None:
+        """Acceptance of the draft as it lies in final/, into eval/acceptance.json."""
+        from kdlib.cli.draft_model import measure
+
+        options = asdict(self.arguments.evaluate)
+        if options["limit"]:
+            found = measure(trainer, self.directory.path / "final.tmp", options, log=self.log)
+            if found is not None:
+                self.directory.write_json("eval/acceptance.json", found)
+
+
+def run(words: list[str], *, quiet: bool = False) -> int:
+    """The exit code; ``quiet`` leaves out the lines about the run."""
+    return DraftRun.run(words, quiet=quiet)

@@ -1,0 +1,79 @@
+"""From what ``--model`` says to the draft and its trainer, and the measurement of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from kdlib.data.draft import first_scored
+from kdlib.drafts.prune import pruned
+from kdlib.eval.acceptance import acceptance
+from kdlib.models import load_model, load_tokenizer
+from kdlib.serving.client import is_url
+from kdlib.teachers import HFTeacher
+from kdlib.trainers.draft import DraftTrainer
+
+if TYPE_CHECKING:
+    from kdlib.trainers import DistillationConfig, DistillationTrainer
+
+FORMS = "a path or Hub id, {prune: {layers: [...]}}, eagle3, {eagle3: {...}}, or a published head"
+
+
+def draft_tokenizer_source(model: Any, target: Any) -> str:
+    """The path or Hub id beside which the draft's tokenizer lies: its own, or the target's."""
+    return model if isinstance(model, str) else target_path(target, what="the draft is made from it")
+
+
+def target_path(target: Any, *, what: str) -> str:
+    """The target as a path or Hub id; ValueError when it is served, cached or none."""
+    if not isinstance(target, str) or is_url(target):
+        raise ValueError(f"the target must be a path or Hub id here ({what}), not {target!r}: give --teacher PATH")
+    return target
+
+
+def make_trainer(
+    model: Any, target: Any, *, reference: str | None, tokenizer_source: str, given: Mapping[str, Any]
+) -> DistillationTrainer:
+    """The trainer for the form of ``model``; ValueError for a form that is none."""
+    if isinstance(model, str):
+        return DraftTrainer(model, target, reference=reference, **given)
+    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=given["args"].trust_remote_code)
+    return DraftTrainer(_pruned(model, target, given["args"]), target, reference=reference, processing_class=tokenizer, **given)
+
+
+def _pruned(model: Any, target: Any, args: DistillationConfig) -> Any:
+    """The target's model with the layers of {prune: {layers: [...], of: PATH}}; ``of`` is the target when left out."""
+    options = model.get("prune") if isinstance(model, Mapping) and list(model) == ["prune"] else None
+    if not isinstance(options, Mapping) or "layers" not in options or set(options) - {"layers", "of"}:
+        raise ValueError(f"model {model!r}: the draft is {FORMS}")
+    source = options.get("of") or target_path(target, what="its layers are taken")
+    whole = load_model(source, dtype=args.dtype or "float32", trust_remote_code=args.trust_remote_code)
+    return pruned(whole, list(options["layers"]))
+
+
+def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Console) -> dict[str, Any] | None:
+    """Acceptance of the draft in a directory by the trainer's target, as JSON; None, with the reason, when that is served."""
+    if not isinstance(trainer.teacher, HFTeacher):
+        log.print(
+            "acceptance is not measured: the target is not in this process (kdlib evaluate acceptance does it)", markup=False
+        )
+        return None
+    rows = (trainer.eval_rows or trainer.train_rows).dataset
+    prompts = [rows[i]["input_ids"][: first_scored(rows[i]["labels"])] for i in range(min(options["limit"], len(rows)))]
+    found = acceptance(
+        trainer.teacher.model,
+        load_model(str(draft)).to(trainer.accelerator.device).eval(),
+        prompts,
+        tokenizer=trainer.processing_class,
+        gamma=options["num_speculative_tokens"],
+        temperature=options["temperature"],
+        top_k=options["top_k"] or None,
+        top_p=options["top_p"],
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        seed=trainer.args.seed,
+    )
+    return found.to_json()
