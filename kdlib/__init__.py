@@ -22,9 +22,12 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         DecoupledTopK,
         ForwardKL,
         GeneralizedJSD,
+        LKHybrid,
+        NegLogAcceptance,
         PlackettLuce,
         ReverseKL,
         SampledReverseKL,
+        SelectiveKL,
         SkewKL,
         SkewReverseKL,
         Sum,
@@ -32,7 +35,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     )
     from kdlib.samplers import RolloutConfig
     from kdlib.teachers import CachedTeacher, EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher
-    from kdlib.trainers import DistillationConfig, DistillationTrainer
+    from kdlib.trainers import DistillationConfig, DistillationTrainer, DraftTrainer, EagleConfig, EagleTrainer
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
 __all__ = [
@@ -45,19 +48,25 @@ __all__ = [
     "DecoupledTopK",
     "DistillationConfig",
     "DistillationTrainer",
+    "DraftTrainer",
+    "EagleConfig",
+    "EagleTrainer",
     "EnsembleTeacher",
     "ForwardKL",
     "GeneralizedJSD",
     "HFTeacher",
     "Head",
+    "LKHybrid",
     "LogProbs",
     "Loss",
+    "NegLogAcceptance",
     "PlackettLuce",
     "Positions",
     "ReverseKL",
     "RolloutConfig",
     "RoutedTeacher",
     "SampledReverseKL",
+    "SelectiveKL",
     "SelfTeacher",
     "SkewKL",
     "SkewReverseKL",
@@ -75,7 +84,7 @@ _ELSEWHERE = {
     "kdlib.eval": ("evaluate",),
     "kdlib.samplers": ("RolloutConfig",),
     "kdlib.teachers": ("CachedTeacher", "EnsembleTeacher", "HFTeacher", "RoutedTeacher", "SelfTeacher", "VLLMTeacher"),
-    "kdlib.trainers": ("DistillationConfig", "DistillationTrainer"),
+    "kdlib.trainers": ("DistillationConfig", "DistillationTrainer", "DraftTrainer", "EagleConfig", "EagleTrainer"),
     "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),
 }
 _HOME = dict.fromkeys(__all__, "kdlib.objectives") | {n: module for module, names in _ELSEWHERE.items() for n in names}

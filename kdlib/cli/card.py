@@ -22,12 +22,14 @@ def write_card(
     arguments: RunArguments,
     loss: dict[str, float],
     scores: list[dict[str, Any]],
+    accepted: list[list[str]],
     command: str,
 ) -> None:
     """Teacher, student, data, objective, steps, command, versions and scores with their intervals."""
     head = yaml.safe_dump({"library_name": "transformers", "tags": ["kdlib", "distillation"]}, sort_keys=False)
     measured = [[name, f"{loss[name]:.4f}", ""] for name in LOSSES if name in loss]
     measured += [[f"{row['task']} {row['metric']}", interval_text(row), str(row["n"])] for row in scores]
+    measured += accepted
     versions = ", ".join(f"{name} {version}" for name, version in environment()["packages"].items())
     parts = [
         f"---\n{head.strip()}\n---",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.arguments import LaunchArguments, RunArguments
 from kdlib.cli.train import Run
+from kdlib.objectives.selective import check_reference
 
 if TYPE_CHECKING:
     from kdlib.trainers import DistillationConfig, DistillationTrainer
@@ -43,6 +44,12 @@ class MeasureArguments:
     limit: int = 64
     batch_size: int = 16
 
+    def __post_init__(self) -> None:
+        for name in ("num_speculative_tokens", "max_new_tokens", "batch_size"):
+            values = getattr(self, name)
+            if not values or min(values if isinstance(values, list) else [values]) < 1:
+                raise ValueError(f"evaluate.{name} must be at least 1, not {values}")
+
 
 @dataclass
 class DraftArguments(RunArguments):
@@ -66,15 +73,20 @@ class DraftRun(Run):
     command, description, arguments_class = "draft", DESCRIPTION, DraftArguments
     arguments: DraftArguments
 
-    @classmethod
-    def config_class(cls) -> type[DistillationConfig]:
-        from kdlib.trainers.eagle import EagleConfig
+    def build_args(self) -> DistillationConfig:
+        from kdlib.cli.draft_model import head_options
 
-        return EagleConfig
+        options = head_options(self.arguments.model)
+        if options is None:
+            return super().build_args()
+        from kdlib.trainers.eagle_config import EagleConfig
+
+        return self.options.build(EagleConfig, **options)
 
     def start(self, stage: Any) -> int:
         """The exit code; the reference, where it is to be trained, comes first."""
         if self.arguments.reference == TRAIN:
+            check_reference(self.arguments.objective, self.arguments.reference)
             code = self._train_reference()
             if code:
                 return code
@@ -120,6 +132,12 @@ class DraftRun(Run):
             found = measure(trainer, self.directory.path / "final.tmp", options, log=self.log)
             if found is not None:
                 self.directory.write_json("eval/acceptance.json", found)
+
+    def next_command(self) -> str:
+        final = self.directory.final
+        return (
+            f"kdlib export draft --draft {final} --target {self.arguments.teacher} --output_path {self.directory.path / 'vllm'}"
+        )
 
 
 def run(words: list[str], *, quiet: bool = False) -> int:

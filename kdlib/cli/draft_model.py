@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from kdlib.cli.names import unknown
 from kdlib.data.draft import first_scored
+from kdlib.drafts.formats import is_head
 from kdlib.drafts.prune import pruned
 from kdlib.eval.acceptance import acceptance
 from kdlib.models import load_model, load_tokenizer
 from kdlib.serving.client import is_url
 from kdlib.teachers import HFTeacher
+from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.draft import DraftTrainer
+from kdlib.trainers.eagle_config import EagleConfig
 
 if TYPE_CHECKING:
-    from kdlib.trainers import DistillationConfig, DistillationTrainer
+    from kdlib.trainers import DistillationTrainer
 
+HEAD = "eagle3"
 FORMS = "a path or Hub id, {prune: {layers: [...]}}, eagle3, {eagle3: {...}}, or a published head"
 
 
 def draft_tokenizer_source(model: Any, target: Any) -> str:
     """The path or Hub id beside which the draft's tokenizer lies: its own, or the target's."""
-    return model if isinstance(model, str) else target_path(target, what="the draft is made from it")
+    return (
+        model
+        if isinstance(model, str) and head_options(model) is None
+        else target_path(target, what="the draft is made from it")
+    )
 
 
 def target_path(target: Any, *, what: str) -> str:
@@ -34,14 +44,44 @@ def target_path(target: Any, *, what: str) -> str:
     return target
 
 
+def head_options(model: Any) -> dict[str, Any] | None:
+    """The options of EagleConfig that ``model`` gives when it is an EAGLE-3 head, new or published; None when it is none."""
+    if model == HEAD or (isinstance(model, str) and is_head(model)):
+        return {}
+    if not isinstance(model, Mapping) or list(model) != [HEAD]:
+        return None
+    given = dict(model[HEAD] or {})
+    own = [field.name for field in fields(EagleConfig) if field.name not in {f.name for f in fields(DistillationConfig)}]
+    for key in set(given) - {*own, "path"}:
+        raise ValueError(unknown(key, [*own, "path"], of=HEAD))
+    return {key: value for key, value in given.items() if key != "path"}
+
+
+def head_path(model: Any) -> str | None:
+    """The published head that training goes on from; None for a new one."""
+    if isinstance(model, str):
+        return None if model == HEAD else model
+    return (model[HEAD] or {}).get("path")
+
+
 def make_trainer(
     model: Any, target: Any, *, reference: str | None, tokenizer_source: str, given: Mapping[str, Any]
 ) -> DistillationTrainer:
     """The trainer for the form of ``model``; ValueError for a form that is none."""
+    if head_options(model) is not None:
+        return _eagle_trainer(head_path(model), target, reference=reference, given=given)
     if isinstance(model, str):
         return DraftTrainer(model, target, reference=reference, **given)
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=given["args"].trust_remote_code)
     return DraftTrainer(_pruned(model, target, given["args"]), target, reference=reference, processing_class=tokenizer, **given)
+
+
+def _eagle_trainer(head: str | None, target: Any, *, reference: str | None, given: Mapping[str, Any]) -> DistillationTrainer:
+    from kdlib.trainers.eagle import EagleTrainer
+
+    if reference is not None or given["peft_config"] is not None or given["quantization_config"] is not None:
+        raise ValueError("an EAGLE-3 head is small and trained whole: leave out reference, use_peft and load_in_4bit or 8bit")
+    return EagleTrainer(head, target, **given)
 
 
 def _pruned(model: Any, target: Any, args: DistillationConfig) -> Any:

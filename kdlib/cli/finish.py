@@ -40,9 +40,32 @@ def finish(
         write_results(results, directory.scores)
         scores = summary_rows(results)
     command = (directory.path / "command.txt").read_text(encoding="utf-8").splitlines()[-1]
-    write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, command=command)
+    accepted = acceptance_rows(directory)
+    write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, accepted=accepted, command=command)
     temporary.rename(directory.final)
     write_report(directory.path)
+
+
+def acceptance_rows(directory: RunDirectory) -> list[list[str]]:
+    """[what, value with interval, prompts] of eval/acceptance.json, where a draft was measured."""
+    path = directory.path / "eval" / "acceptance.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return [
+        [
+            f"acceptance_length, {one['num_speculative_tokens']} speculative tokens, {one['draft_sample_method']} draft",
+            _estimate(one["acceptance_length"]),
+            str(found["prompts"]),
+        ]
+        for one in found["empirical"]
+    ]
+
+
+def _estimate(found: dict[str, float | None]) -> str:
+    """A value with its interval; one prompt has none."""
+    interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{found['value']:.3f}{interval}"
 
 
 def summary_table(directory: RunDirectory) -> Table:
@@ -68,6 +91,7 @@ def _headline(directory: RunDirectory) -> dict[str, str]:
             for key, value in json.loads(loss.read_text()).items()
             if key in ("eval_loss", "eval_kl_forward", "eval_top1_agreement")
         }
+    found |= {what: f"{value} (n={n})" for what, value, n in acceptance_rows(directory)}
     if directory.scores.is_file():
         found |= {
             f"{row['task']} {row['metric']}": f"{interval_text(row)} (n={row['n']})"

@@ -19,6 +19,7 @@ COMMANDS = {
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
     "generate": "let a teacher answer prompts: verified traces that train as they are",
     "evaluate": "score a model with lm-eval tasks, bits per byte, and KL to a teacher",
+    "export": "write a draft as a directory that vLLM loads, checked, with the words to type",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
     "env": "versions and devices, for a bug report",
 }

@@ -32,12 +32,12 @@ class Options:
         """One of each dataclass, in their order."""
         return [self.build(cls) for cls in self._classes]
 
-    def build(self, cls: Callable[..., T]) -> T:
-        """The dataclass with its options; ValueError with one line when it refuses their values."""
+    def build(self, cls: Callable[..., T], **more: Any) -> T:
+        """The dataclass with its options and ``more``; ValueError with one line when it refuses their values."""
         ready = self._parser.instantiate(self._parsed)
-        given = {name: ready[name] for name in option_names(cls)}
+        given = {name: ready[name] for name in option_names(cls) if name in ready}
         try:
-            return cls(**given)
+            return cls(**{**given, **more})
         except ValueError as error:
             raise ValueError(value_error(str(error), self.config)) from error
 
@@ -108,7 +108,7 @@ def _argument(name: str, values: list[str], *, hints: dict[str, Any]) -> str:
     base = name.partition(".")[0]
     if name != "config" and base not in hints:
         raise ValueError(unknown(name, list(hints)))
-    hint = hints.get(name)
+    hint = _hint(name, hints)
     if _takes(hint, list) and not _takes(hint, str):
         return f"--{name}={'null' if values == ['null'] else json.dumps(_listed(values))}"
     if not values and _takes(hint, bool):
@@ -118,6 +118,15 @@ def _argument(name: str, values: list[str], *, hints: dict[str, Any]) -> str:
     if len(values) > 1:
         raise ValueError(f"--{name} takes one value, not {' '.join(values)!r}: quote it, or begin options with --")
     return f"--{name}={_as_json(name, values[0], hints=hints)}"
+
+
+def _hint(name: str, hints: dict[str, Any]) -> Any:
+    """The type of an option, of one inside a nested dataclass too; None where the class is the user's choice."""
+    first, *rest = name.split(".")
+    found = hints.get(first)
+    for part in rest:
+        found = get_type_hints(found).get(part) if dataclasses.is_dataclass(found) and isinstance(found, type) else None
+    return found
 
 
 def _as_json(name: str, value: str, *, hints: dict[str, Any]) -> str:

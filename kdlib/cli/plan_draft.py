@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -76,18 +78,15 @@ def plan_draft(arguments: PlanDraftArguments, *, log: Console) -> dict[str, Any]
     import torch
 
     from kdlib.cli.plan_shapes import built, shapes
-    from kdlib.models import load_model, parameter_count
+    from kdlib.models import parameter_count
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loading = {"random": arguments.target_random, "dtype": arguments.dtype, "device": device}
-    if arguments.target_random:
-        target = built(arguments.target, **loading)
-    else:
-        target = load_model(arguments.target, dtype=arguments.dtype).to(device)
+    make = partial(built, random=arguments.target_random, dtype=arguments.dtype, device=device)
+    target = make(arguments.target)
     candidates = []
     for shape in shapes(target.config.get_text_config(), arguments.candidates):
         log.print(f"timing {shape.name}", markup=False)
-        draft = built(shape.source, **loading)
+        draft = make(shape.source)
         entry = {"name": shape.name, "candidate": shape.asked, "parameters": parameter_count(draft)}
         sizes = [_costs(target, draft, arguments, batch_size=size) for size in arguments.batch_sizes]
         candidates.append({**entry, "vocab_size": draft.config.get_text_config().vocab_size, "batch_sizes": sizes})
@@ -123,7 +122,7 @@ def _costs(target: Any, draft: Any, arguments: PlanDraftArguments, *, batch_size
 
 def consequences(*, c: float, v: Mapping[int, float]) -> dict[str, Any]:
     """What the wall-time model says of a draft of cost c and verification {gamma: v}; ``alpha`` is the chance that a drafted
-    token is accepted, the same at every position. ``break_even_alpha`` is None where no alpha pays.
+    token is accepted, the same at every position. None where no alpha pays, and where no gamma does.
     """
     from kdlib.eval.speedup import best_gamma, break_even_acceptance, iid_acceptance_length, speedup
 
@@ -139,49 +138,47 @@ def consequences(*, c: float, v: Mapping[int, float]) -> dict[str, Any]:
                 "speedup": faster,
             }
         )
-    best = {str(a): best_gamma(a, c=c, v=v, gammas=v)[0] for a in ALPHAS}
+    found = {str(a): best_gamma(a, c=c, v=v, gammas=v) for a in ALPHAS}
+    best = {alpha: gamma if value > 1 else None for alpha, (gamma, value) in found.items()}
     can_pay = c < 1 and any(row["break_even_alpha"] is not None for row in rows)
     return {"c": c, "can_pay": can_pay, "rows": rows, "best_num_speculative_tokens": best}
 
 
 def _shown(plan: Mapping[str, Any]) -> Iterator[Any]:
-    """The table, and a line for every shape that something is to be said about."""
+    """A table for every shape, and a line where something is to be said about it."""
     threads = f", {plan['threads']} threads" if plan["device"] == "cpu" else ""
     yield (
         f"target {plan['target']}: {plan['parameters']:,} parameters, {plan['dtype']}, {plan['attention']} attention, "
         f"{plan['device']}{threads}; passes at {plan['context']} cached tokens, medians of {plan['repeats']}"
     )
-    yield _table(plan)
-    yield (
-        "gamma: num_speculative_tokens. c: a step of the draft, v: verification of gamma + 1 tokens, in steps of the target. "
-        "needs: alpha (chance that a drafted token is accepted) and acceptance_length (tokens per round, with the bonus token) "
-        "at which it breaks even. x: speed-up at that alpha, * the best gamma."
-    )
     for candidate in plan["candidates"]:
+        share = candidate["parameters"] / plan["parameters"]
+        yield f"\n{candidate['name']}: {candidate['parameters']:,} parameters, {share:.0%} of the target's"
+        yield _table(candidate, alphas=plan["alphas"])
         yield from _remarks(candidate, plan["vocab_size"])
+    yield (
+        "\ngamma: num_speculative_tokens. c: a step of the draft, v: verification of gamma + 1 tokens, in steps of the target. "
+        "needs: alpha (chance that a drafted token is accepted) and acceptance_length (tokens per round, with the bonus token) "
+        "at which it breaks even. x: speed-up at that alpha, * the best gamma where one pays."
+    )
 
 
-def _table(plan: Mapping[str, Any]) -> Table:
-    table = Table()
-    table.add_column("draft")
-    names = ["parameters", "batch", "gamma", "c", "v", "needs alpha", "needs length", *(f"x at {a}" for a in plan["alphas"])]
-    for name in names:
-        table.add_column(name, justify="right")
-    for candidate in plan["candidates"]:
-        for size in candidate["batch_sizes"]:
-            for row in size["rows"]:
-                new_size, new = row is size["rows"][0], row is candidate["batch_sizes"][0]["rows"][0]
-                who = [candidate["name"], f"{candidate['parameters']:,}"] if new else ["", ""]
-                what = [str(size["batch_size"]), f"{size['c']:.3f}"] if new_size else ["", ""]
-                table.add_row(*who, what[0], str(row["num_speculative_tokens"]), what[1], *_cells(row, size))
-        table.add_section()
+def _table(candidate: Mapping[str, Any], *, alphas: Sequence[float]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    names = ("batch", "gamma", "c", "v", "needs\nalpha", "needs\nlength")
+    for name in (*names, *(f"x at\n{alpha}" for alpha in alphas)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for size in candidate["batch_sizes"]:
+        for row in size["rows"]:
+            batch, c = [str(size["batch_size"]), f"{size['c']:.2f}"] if row is size["rows"][0] else ["", ""]
+            table.add_row(batch, str(row["num_speculative_tokens"]), c, *_cells(row, size))
     return table
 
 
 def _cells(row: Mapping[str, Any], size: Mapping[str, Any]) -> list[str]:
     alpha, gamma, best = row["break_even_alpha"], row["num_speculative_tokens"], size["best_num_speculative_tokens"]
     faster = [f"{value:.2f}{'*' if best[a] == gamma else ' '}" for a, value in row["speedup"].items()]
-    needs = "none pays" if alpha is None else f"{alpha:.2f}"
+    needs = "none" if alpha is None else f"{alpha:.2f}"
     return [f"{row['v']:.2f}", needs, f"{row['break_even_acceptance_length']:.2f}", *faster]
 
 

@@ -29,15 +29,11 @@ class Run:
     arguments_class: ClassVar[type[RunArguments]] = RunArguments
 
     @classmethod
-    def config_class(cls) -> type[DistillationConfig]:
-        from kdlib.trainers.config import DistillationConfig
-
-        return DistillationConfig
-
-    @classmethod
     def classes(cls) -> list[type]:
         """The dataclasses whose fields are the command's options."""
-        return [cls.arguments_class, AdapterArguments, ScoringArguments, LaunchArguments, cls.config_class()]
+        from kdlib.trainers.config import DistillationConfig
+
+        return [cls.arguments_class, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig]
 
     @classmethod
     def run(cls, words: list[str], *, quiet: bool = False) -> int:
@@ -57,10 +53,16 @@ class Run:
     def __init__(self, options: Options, *, words: list[str], quiet: bool) -> None:
         self.options, self.words = options, words
         self.arguments, self.scoring = options.build(self.arguments_class), options.build(ScoringArguments)
-        self.adapter, self.args = options.build(AdapterArguments), options.build(self.config_class())
+        self.adapter, self.args = options.build(AdapterArguments), self.build_args()
         self.directory = RunDirectory(str(self.args.output_dir))
         self.main, self.quiet = self.args.process_index == 0, quiet
         self.log = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet or not self.main)
+
+    def build_args(self) -> DistillationConfig:
+        """The trainer's configuration, made of the options."""
+        from kdlib.trainers.config import DistillationConfig
+
+        return self.options.build(DistillationConfig)
 
     def preview(self) -> int:
         """Rows as they would be trained on: needs the student's tokenizer, no model."""
@@ -193,7 +195,11 @@ class Run:
                 f"model   {path / 'final'}\nreport  {path / 'report.html'}\nmetrics {path / 'metrics.jsonl'}",
                 markup=False,
             )
-            out.print(f"next    kdlib evaluate --model {path / 'final'} --tasks TASK", markup=False)
+            out.print(f"next    {self.next_command()}", markup=False)
+
+    def next_command(self) -> str:
+        """What a user types next."""
+        return f"kdlib evaluate --model {self.directory.final} --tasks TASK"
 
 
 def _training_rows(arguments: RunArguments) -> Any:

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from kdlib.lazy import exports
 
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "DraftExport": "export",
+    "Eagle3Config": "eagle3",
+    "Eagle3Draft": "eagle3",
+    "export_draft": "export",
+    "export_head": "export",
+    "pruned": "prune",
+}
 
 __all__ = list(_HOME)
 

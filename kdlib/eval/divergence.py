@@ -32,7 +32,8 @@ def kl_to_teacher(
     """Means over the scored positions of ``rows``: nats per token at temperature 1, teacher p, student q.
 
     ``kl_forward`` = KL(p || q), ``kl_reverse`` = KL(q || p), ``entropy_teacher``, ``entropy_student``,
-    ``top1_agreement`` (share of positions where both prefer the same token) and ``tokens`` (their number).
+    ``top1_agreement`` (share of positions where both prefer the same token), ``acceptance`` = sum min(p, q) and
+    ``acceptance_greedy`` = p(argmax q) on these rows, and ``tokens`` (their number).
     Both models use ``tokenizer``; their vocabularies are cut to its length before the softmax.
 
     Raises ValueError when a vocabulary is smaller than the other's or nothing is scored. Training modes are

@@ -37,6 +37,12 @@ CURVES: tuple[tuple[str, str, dict[str, str], str], ...] = (
         {"train": "top1_agreement", "eval": "eval_top1_agreement"},
         "How often both models prefer the same token.",
     ),
+    (
+        "Acceptance on these rows",
+        "share of scored tokens",
+        {"probabilistic draft": "acceptance", "greedy draft": "acceptance_greedy", "eval": "eval_acceptance"},
+        "sum min(p, q) and p(argmax q) at temperature 1: what a target would keep if its text were these rows.",
+    ),
     ("Throughput", "tokens per second", {"throughput": "tokens_per_second"}, ""),
     ("Learning rate", "learning rate", {"learning rate": "learning_rate"}, ""),
     ("Gradient norm", "gradient norm before clipping", {"gradient norm": "grad_norm"}, ""),

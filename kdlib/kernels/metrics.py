@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdlib.kernels.outcomes import entropy, kl, outcomes
+from kdlib.kernels.outcomes import entropy, expectation, kl, outcomes
 from kdlib.types import DenseView, SparseView, Support, View
 
 
@@ -38,7 +38,7 @@ def row_metrics(q: View, p: View | None) -> dict[str, Tensor]:
     return found | {
         "kl_forward": kl(logp, logq, p=mass_p),
         "kl_reverse": kl(logq, logp, p=mass_q),
-        "entropy_teacher": entropy(logp),
+        "entropy_teacher": -expectation(logp, logp, w=mass_p),
         "top1_agreement": (best == drafted).to(logp.dtype),
         **_accepted(mass_p, mass_q, drafted, teacher.ids),
     }

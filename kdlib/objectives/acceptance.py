@@ -1,7 +1,7 @@
 """Losses made of the acceptance rate of one drafted token, alpha = sum_v min(p_v, q_v) = 1 - TV(p, q).
 
-On a top-k signal alpha runs over K + 1 outcomes, the last being all mass outside: an upper bound of the true rate that falls to it
-as K grows, so that both losses are lower bounds of the dense ones (LK losses, arXiv 2602.23881).
+On a top-k signal alpha runs over K + 1 outcomes, the last being all mass outside: an upper bound of the true rate that falls to
+it as K grows, so that both losses are lower bounds of the dense ones (LK losses, arXiv 2602.23881).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from kdlib.objectives.base import Divergence
 class NegLogAcceptance(Divergence):
     """-log sum_v min(p_v, q_v), by logsumexp of min(log p, log q); cross-entropy where p is one-hot.
 
-    Its gradient is that of TV over alpha: sum_v w_v 1[q_v < p_v] (q - e_v) with w = min(p, q) / alpha, as large at alpha = 1e-80
-    as at 1/2. Where p and q have no outcome in common it is +inf with forward KL's gradient q - p. (speculators clamps alpha at
-    1e-5 and SpecForge skips alpha = 0, so that their worst positions teach nothing.)
+    Its gradient is that of TV over alpha: sum_v w_v 1[q_v < p_v] (q - e_v) with w = min(p, q) / alpha, as large at alpha =
+    1e-80 as at 1/2. Where p and q have no outcome in common it is +inf with forward KL's gradient q - p. (speculators clamps
+    alpha at 1e-5 and SpecForge skips alpha = 0, so that their worst positions teach nothing.)
     """
 
     def between(self, logp: Tensor, logq: Tensor) -> Tensor:
-        log_alpha = log_total(torch.minimum(logp, logq))
+        log_alpha = log_total(torch.where(logq < logp, logq, logp))
         apart = log_alpha == -torch.inf
         if not logq.is_cuda and not apart.any():  # on CUDA looking would wait for the device
             return -log_alpha

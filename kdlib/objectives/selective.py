@@ -1,4 +1,4 @@
-"""AdaSPEC (arXiv 2510.19779): a draft is trained on the tokens from which it has most to gain, by a reference model's measure."""
+"""AdaSPEC (arXiv 2510.19779): a draft trains on the tokens where it has most to gain, as a reference model shows."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def threshold(delta: Tensor, fraction: float) -> Tensor:
 def select(draft_loss: Tensor, reference_loss: Tensor, threshold: Tensor) -> Tensor:
     """Which rows are kept [N] (bool): all with delta at or above the threshold, ties included."""
     return potential(draft_loss, reference_loss) >= threshold
+
+
+def check_reference(objective: object, reference: object) -> None:
+    """ValueError for SelectiveKL without a reference, and for a reference that no SelectiveKL reads."""
+    if isinstance(objective, SelectiveKL) and reference is None:
+        raise ValueError(
+            "SelectiveKL chooses rows by a reference model: give one (--reference DIR; --reference train makes it)"
+        )
+    if reference is not None and not isinstance(objective, SelectiveKL):
+        raise ValueError("a reference model is read by SelectiveKL alone: leave it out, or add --objective SelectiveKL")

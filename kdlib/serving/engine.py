@@ -31,6 +31,7 @@ def start_engine(
     max_num_batched_tokens: int | None = None,
     enable_sleep_mode: bool = False,
     enable_prefix_caching: bool = True,
+    speculative_config: Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LLM:
@@ -38,8 +39,9 @@ def start_engine(
 
     pooling: answers ``encode`` with every position's last hidden state instead of generating. max_logprobs: the most that a
     request may ask for, -1 for all. logprobs_mode: those of generated tokens before or after temperature and filters.
-    max_num_batched_tokens: the most that one step of the engine computes, which bounds its [tokens, V] buffer. Variables of
-    vLLM already set in the environment are kept. ValueError when vLLM is not installed.
+    max_num_batched_tokens: the most that one step of the engine computes, which bounds its [tokens, V] buffer.
+    speculative_config: vLLM's own; with it the engine counts for ``speculative_counters``. Variables of vLLM already set in
+    the environment are kept. ValueError when vLLM is not installed.
     """
     for name, value in (_IN_PROCESS if torch.cuda.is_available() else _IN_PROCESS | _ON_CPU).items():
         os.environ.setdefault(name, value)
@@ -65,6 +67,8 @@ def start_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_sleep_mode=enable_sleep_mode,
         enable_prefix_caching=enable_prefix_caching,
+        speculative_config=None if speculative_config is None else dict(speculative_config),
+        disable_log_stats=speculative_config is None,
         revision=revision,
         tokenizer_revision=revision,
         trust_remote_code=trust_remote_code,
@@ -74,6 +78,23 @@ def start_engine(
 def stop_engine(engine: LLM) -> None:
     """Ends the engine and gives its memory back."""
     engine.llm_engine.engine_core.shutdown()
+
+
+def speculative_counters(engine: LLM) -> dict[str, int | list[int]]:
+    """``num_drafts`` (verify rounds), ``num_draft_tokens``, ``num_accepted_tokens``, ``num_accepted_tokens_per_pos`` [gamma].
+
+    Of an engine started with ``speculative_config``, over all requests of its life: take differences. An accepted position has
+    all before it accepted; the token that the target adds to each round is not counted.
+    """
+    from vllm.v1.metrics.reader import Counter, Vector
+
+    prefix = "vllm:spec_decode_"
+    found: dict[str, int | list[int]] = {}
+    for metric in engine.get_metrics():
+        if metric.name.startswith(prefix):
+            assert isinstance(metric, Counter | Vector), metric
+            found[metric.name.removeprefix(prefix)] = metric.values if isinstance(metric, Vector) else metric.value
+    return found
 
 
 def last_hidden(engine: LLM, rows: Sequence[list[int]]) -> list[Tensor]:

@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from kdlib.trainers.config import DistillationConfig
     from kdlib.trainers.distillation import DistillationTrainer
     from kdlib.trainers.draft import DraftTrainer
+    from kdlib.trainers.eagle import EagleTrainer
+    from kdlib.trainers.eagle_config import EagleConfig
 
-_HOME = {"DistillationConfig": "config", "DistillationTrainer": "distillation", "DraftTrainer": "draft"}
+_HOME = {
+    "DistillationConfig": "config",
+    "DistillationTrainer": "distillation",
+    "DraftTrainer": "draft",
+    "EagleConfig": "eagle_config",
+    "EagleTrainer": "eagle",
+}
 
-__all__ = ["DistillationConfig", "DistillationTrainer", "DraftTrainer"]
+__all__ = ["DistillationConfig", "DistillationTrainer", "DraftTrainer", "EagleConfig", "EagleTrainer"]
 
 
 __getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

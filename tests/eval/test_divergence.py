@@ -41,6 +41,8 @@ def test_against_numpy_with_padded_vocabularies(batch_size: int) -> None:
         "entropy_teacher": -(p * logp).sum(-1).mean(),
         "entropy_student": -(q * logq).sum(-1).mean(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).mean(),
+        "acceptance": np.minimum(p, q).sum(-1).mean(),
+        "acceptance_greedy": p[np.arange(len(p)), q.argmax(-1)].mean(),
         "tokens": len(p),
     }
     assert found.keys() == expected.keys()

@@ -63,13 +63,14 @@ def distill(
     *,
     launcher: tuple[str, ...] = SINGLE,
     environment: dict[str, str] | None = None,
+    name: str = "distill",
 ) -> subprocess.CompletedProcess[str]:
-    """``kdlib distill WORDS --output_dir OUTPUT`` on CPU, one thread per process."""
+    """``kdlib NAME WORDS --output_dir OUTPUT`` on CPU, one thread per process."""
     command = [
         sys.executable,
         *launcher,
         "kdlib",
-        "distill",
+        name,
         *words,
         "--output_dir",
         str(output),

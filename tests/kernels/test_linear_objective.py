@@ -334,6 +334,8 @@ def test_metrics_are_those_of_the_plain_logits_at_temperature_1(impl: Impl) -> N
         "entropy_teacher": -(logp.exp() * logp).sum(),
         "entropy_student": -(logq.exp() * logq).sum(),
         "top1_agreement": (logp.argmax(-1) == logq.argmax(-1)).double().sum(),
+        "acceptance": torch.minimum(logp.exp(), logq.exp()).sum(),
+        "acceptance_greedy": logp.exp().gather(-1, logq.argmax(-1, keepdim=True)).sum(),
     }
     assert {name: total.item() for name, (total, _) in loss.metrics.items()} == pytest.approx(
         {name: total.item() for name, total in wanted.items()}

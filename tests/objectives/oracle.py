@@ -160,6 +160,16 @@ def _sampled(o: Any, p: float, q: float) -> float:
     return math.log(q / p) if o.estimator == "k1" else p / q - 1 - math.log(p / q)
 
 
+def acceptance(p: Row, q: Row) -> float:
+    """The rate at which a token drafted from q is accepted by p."""
+    return math.fsum(min(a, b) for a, b in zip(p, q, strict=True))
+
+
+def _lk_hybrid(o: Any, p: Row, q: Row, fixed: Row) -> float:
+    share = math.exp(-o.eta * acceptance(p, fixed))
+    return share * kl(p, q) + (1 - share) * (1 - acceptance(p, q))
+
+
 _DIVERGENCES: dict[str, Callable[[Any, Row, Row, Row], float]] = {
     "ForwardKL": lambda o, p, q, _: kl(p, q),
     "ReverseKL": lambda o, p, q, _: kl(q, p),
@@ -173,6 +183,9 @@ _DIVERGENCES: dict[str, Callable[[Any, Row, Row, Row], float]] = {
     "Interpolated": lambda o, p, q, fixed: _interpolated(o.t, p, q, fixed),
     "TAID": lambda o, p, q, fixed: _interpolated(o.t_start, p, q, fixed),
     "DecoupledTopK": _decoupled,
+    "NegLogAcceptance": lambda o, p, q, _: -_log(acceptance(p, q)),
+    "LKHybrid": _lk_hybrid,
+    "SelectiveKL": lambda o, p, q, _: kl(p, q),
 }
 
 
@@ -235,6 +248,22 @@ def _gradient_skew_reverse(o: Any, p: Row, q: Row) -> list[float]:
     return _through_softmax(q, slope)
 
 
+def _gradient_acceptance(p: Row, q: Row) -> list[float]:
+    return _through_softmax(q, [1.0 if b < a else 0.0 for a, b in zip(p, q, strict=True)])
+
+
+def _gradient_nla(o: Any, p: Row, q: Row) -> list[float]:
+    alpha = acceptance(p, q)
+    if alpha == 0.0:
+        return [b - a for a, b in zip(p, q, strict=True)]
+    return [-g / alpha for g in _gradient_acceptance(p, q)]
+
+
+def _gradient_lk_hybrid(o: Any, p: Row, q: Row) -> list[float]:
+    share = math.exp(-o.eta * acceptance(p, q))
+    return [share * (b - a) - (1 - share) * g for a, b, g in zip(p, q, _gradient_acceptance(p, q), strict=True)]
+
+
 _ANALYTIC: dict[str, Callable[[Any, Row, Row], list[float]]] = {
     "ForwardKL": lambda o, p, q: [b - a for a, b in zip(p, q, strict=True)],
     "ReverseKL": lambda o, p, q: _through_softmax(q, _log_ratios(q, p)),
@@ -244,6 +273,9 @@ _ANALYTIC: dict[str, Callable[[Any, Row, Row], list[float]]] = {
     "TotalVariation": lambda o, p, q: _through_softmax(
         q, [0.5 * math.copysign(1.0, b - a) if a != b else 0.0 for a, b in zip(p, q, strict=True)]
     ),
+    "NegLogAcceptance": _gradient_nla,
+    "LKHybrid": _gradient_lk_hybrid,
+    "SelectiveKL": lambda o, p, q: [b - a for a, b in zip(p, q, strict=True)],
     "CrossEntropy": lambda o, p, q: [],  # handled where no teacher is asked for
     "SampledReverseKL": lambda o, p, q: [],  # handled where the label is known
 }

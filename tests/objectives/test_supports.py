@@ -20,9 +20,12 @@ from kdlib.objectives import (
     ForwardKL,
     GeneralizedJSD,
     Interpolated,
+    LKHybrid,
+    NegLogAcceptance,
     PlackettLuce,
     ReverseKL,
     RowObjective,
+    SelectiveKL,
     SkewKL,
     SkewReverseKL,
     Sum,
@@ -43,6 +46,9 @@ ON_TOP_K: dict[str, RowObjective] = {
     "adaptive_kl": AdaptiveKL(),
     "balanced_kl": BalancedKL(),
     "total_variation": TotalVariation(),
+    "nla": NegLogAcceptance(),
+    "lk_hybrid": LKHybrid(),
+    "selective_kl": SelectiveKL(),
     "interpolated": Interpolated(t=0.4),
     "taid": TAID(),
     "decoupled_top_k": DecoupledTopK(k=3, tau=2.0),
@@ -53,7 +59,7 @@ ON_TOP_K: dict[str, RowObjective] = {
 on_top_k = pytest.mark.parametrize("objective", ON_TOP_K.values(), ids=ON_TOP_K)
 data_processing = pytest.mark.parametrize(
     "objective",
-    [ForwardKL(), ReverseKL(), GeneralizedJSD(), TotalVariation()],
+    [ForwardKL(), ReverseKL(), GeneralizedJSD(), TotalVariation(), NegLogAcceptance(), LKHybrid()],
     ids=lambda o: type(o).__name__,
 )
 
@@ -110,7 +116,7 @@ def test_top_k_is_the_divergence_of_k_tokens_and_the_rest(name: str, k: int) -> 
             value += oracle.divergence(objective, oracle.coarse(p, ids), oracle.coarse(q, ids))
     loss, gradient = graded(objective, student, top(teacher, k))
     assert loss.sum.item() == pytest.approx(value)
-    if name in ("adaptive_kl", "interpolated"):
+    if name in ("adaptive_kl", "interpolated", "lk_hybrid"):
         return  # a stopped gradient is no derivative of the value
     along = torch.randn_like(student)
     there, back = (graded(objective, student + x * along, top(teacher, k))[0].sum for x in (step, -step))
@@ -258,7 +264,7 @@ def test_an_objective_that_a_signal_cannot_feed_says_so_naming_both(objective: R
 
 def test_who_accepts_what() -> None:
     sampled = {name for name, o in ON_TOP_K.items() if o.accepts and o.accepts & _SAMPLED}
-    assert sampled == {"forward_kl", "skew_kl", "reverse_kl", "sum"}
+    assert sampled == {"forward_kl", "selective_kl", "skew_kl", "reverse_kl", "sum"}
     assert CrossEntropy().accepts is None
     assert PlackettLuce().accepts == Support.FULL
     with pytest.raises(ValueError, match="ReverseKL needs a teacher's signal"):

@@ -18,10 +18,12 @@ from kdlib.objectives import (
     DecoupledTopK,
     ForwardKL,
     GeneralizedJSD,
+    LKHybrid,
     PlackettLuce,
     ReverseKL,
     RowObjective,
     SampledReverseKL,
+    SelectiveKL,
     SkewKL,
     Sum,
     TotalVariation,
@@ -109,7 +111,10 @@ def test_the_first_plackett_luce_term_is_weighted_cross_entropy() -> None:
 
 
 # a stopped gradient is no derivative of the value: for these the oracle's frozen differences are the check
-STOPPED = ("adaptive_kl", "adaptive_kl_0.8", "interpolated", "taid", "sampled_reverse_kl", "sampled_reverse_kl_k3")
+STOPPED = (
+    *("adaptive_kl", "adaptive_kl_0.8", "interpolated", "taid", "sampled_reverse_kl", "sampled_reverse_kl_k3"),
+    *("lk_hybrid", "lk_hybrid_40"),
+)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STOPPED])
@@ -252,6 +257,8 @@ def test_metrics_are_sums_over_the_scored_rows() -> None:
         "entropy_teacher": sum(oracle.entropy(p) for _, p in pairs),
         "entropy_student": sum(oracle.entropy(q) for q, _ in pairs),
         "top1_agreement": sum(oracle.best(q, 1) == oracle.best(p, 1) for q, p in pairs),
+        "acceptance": sum(oracle.acceptance(p, q) for q, p in pairs),
+        "acceptance_greedy": sum(p[oracle.best(q, 1)[0]] for q, p in pairs),
     }
     assert {name: total.item() for name, (total, _) in found.items()} == pytest.approx(wanted)
     assert {count for _, count in found.values()} == {4}
@@ -317,6 +324,10 @@ def test_a_loss_is_the_sum_of_its_rows_however_they_are_cut(objective: RowObject
         (lambda: SampledReverseKL(temperature=2.0), "temperature 1"),
         (lambda: SampledReverseKL(importance_clip=0.5), "at least 1"),
         (lambda: SampledReverseKL(estimator="k2"), "k1 or k3"),  # type: ignore[arg-type]
+        (lambda: LKHybrid(eta=-1.0), "eta must be 0 or more"),
+        (lambda: SelectiveKL(fraction=0.0), "above 0 and at most 1"),
+        (lambda: SelectiveKL(fraction=1.5), "above 0 and at most 1"),
+        (lambda: SelectiveKL(normalize="rows"), "kept or all"),  # type: ignore[arg-type]
         (lambda: Sum(), "needs parts"),
         (lambda: Sum(parts=((1.0, ForwardKL()),), temperature=2.0), "on the parts"),
     ],

@@ -24,6 +24,8 @@ WATCHED = {
     "entropy_teacher",
     "entropy_student",
     "top1_agreement",
+    "acceptance",
+    "acceptance_greedy",
     "scored_tokens",
     "seen_tokens",
     "generated_tokens",

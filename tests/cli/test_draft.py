@@ -1,0 +1,87 @@
+"""``kdlib draft``: forms of drafts, the reference it trains first, and the acceptance it ends with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from kdlib.cli.draft import DraftRun
+from kdlib.cli.parsing import parse
+from kdlib.cli.recipes import recipes
+from tests.cli.conftest import Command
+
+MEASURE = {"evaluate.limit": 4, "evaluate.max_new_tokens": 8, "evaluate.num_speculative_tokens": "2"}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_with_what_its_target_accepts(kdlib: Command, options: dict[str, Any]) -> None:
+    done = kdlib("draft", **options, **MEASURE, objective="LKHybrid")
+    assert done.code == 0, done.err
+    run = options["output_dir"]
+    found = json.loads((run / "eval" / "acceptance.json").read_text())
+    assert found["prompts"] == 4 and found["empirical"][0]["num_speculative_tokens"] == 2
+    assert 1.0 <= found["empirical"][0]["acceptance_length"]["value"] <= 3.0
+    assert "acceptance_length, 2 speculative tokens" in done.out
+    assert "Acceptance" in (run / "report.html").read_text()
+    assert "acceptance_length" in (run / "final" / "README.md").read_text()
+    assert metrics(run)[0]["draft_tokens"] == metrics(run)[0]["target_tokens"] > 0
+    assert f"next    kdlib export draft --draft {run / 'final'}" in done.out
+    assert kdlib("draft", **options, **MEASURE, objective="LKHybrid").code == 0
+
+
+def test_adaspec_trains_its_reference_first_and_once(kdlib: Command, options: dict[str, Any]) -> None:
+    words = {**options, "objective": "SelectiveKL", "objective.fraction": 0.5, "reference": "train", "evaluate.limit": 0}
+    done = kdlib("draft", **words)
+    assert done.code == 0, done.err
+    run = options["output_dir"]
+    reference = run.with_name("run-reference")
+    before = (reference / "final" / "model.safetensors").stat().st_mtime_ns
+    scored, chosen = (metrics(where)[0]["scored_tokens"] for where in (reference, run))
+    assert scored / 2 <= chosen <= scored / 2 + 1
+    assert not (run / "eval" / "acceptance.json").exists()
+    again = kdlib("draft", **words)
+    assert again.code == 0 and (reference / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_layers_of_the_target_make_a_draft(kdlib: Command, options: dict[str, Any]) -> None:
+    done = kdlib("draft", **{**options, "model": "{prune: {layers: [1]}}", "evaluate.limit": 0})
+    assert done.code == 0, done.err
+    made = AutoModelForCausalLM.from_pretrained(options["output_dir"] / "final")
+    assert made.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": "{prune: {layer: [0]}}"}, "the draft is a path"),
+        ({"model": "{prune: {layers: [7]}}"}, "7"),
+        ({"model": "{shrink: 2}"}, "the draft is a path"),
+        ({"model": "{prune: {layers: [0]}}", "teacher": "http://127.0.0.1:9/v1"}, "a path or Hub id here"),
+        ({"objective": "SelectiveKL"}, "--reference train"),
+        ({"objective": "SelectiveKL", "reference": "train", "num_processes": 2}, "in one process"),
+        ({"reference": "train", "objective": "ForwardKL"}, "SelectiveKL alone"),
+        ({"evaluate.num_speculative_tokens": "0", "evaluate.limit": 1}, "at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(kdlib: Command, options: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    outcome = kdlib("draft", **{**options, **given})
+    assert outcome.code == 2 and message in outcome.err and len(outcome.err.splitlines()) == 1, outcome.err
+    assert not (options["output_dir"]).exists()
+    assert not options["output_dir"].with_name("run-reference").exists()
+
+
+def test_distill_names_the_command_that_selects(kdlib: Command, options: dict[str, Any]) -> None:
+    outcome = kdlib("distill", **options, objective="SelectiveKL")
+    assert outcome.code == 2 and "kdlib draft" in outcome.err
+
+
+def test_the_recipe_parses() -> None:
+    options = parse("draft", "", DraftRun.classes(), ["--config", str(recipes()["draft"])])
+    assert options is not None and options.config["evaluate"]["num_speculative_tokens"] == [2, 3, 5]
