@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdlib.lazy import exports
 
-__all__ = ["draw", "filtered_log_probs", "generate"]
+__all__ = ["Drafter", "ModelDrafter", "SpeculativeOutput", "draw", "filtered_log_probs", "generate", "speculative_generate"]
 
 __getattr__ = exports(
     __name__,
@@ -12,5 +12,9 @@ __getattr__ = exports(
         "draw": "kdlib.decoding.sampling",
         "filtered_log_probs": "kdlib.decoding.sampling",
         "generate": "kdlib.decoding.sampling",
+        "Drafter": "kdlib.decoding.drafters",
+        "ModelDrafter": "kdlib.decoding.drafters",
+        "SpeculativeOutput": "kdlib.decoding.speculative",
+        "speculative_generate": "kdlib.decoding.speculative",
     },
 )

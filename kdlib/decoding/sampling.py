@@ -102,7 +102,7 @@ def _decode(batch: Batch, params: SamplingParams, *, seeds: Sequence[int]) -> li
     """Draws until every row has met a stop token or its limit."""
     device, steps = batch.device, int(batch.limits.max())
     stop = torch.tensor(params.stop_ids, dtype=torch.long, device=device)
-    uniform = torch.stack([_uniform(seed, steps) for seed in seeds]).to(device)
+    uniform = torch.stack([uniforms(seed, steps) for seed in seeds]).to(device)
     ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
     drawn = torch.zeros(uniform.shape, device=device)
     check_every = 1 if device.type == "cpu" else 8  # asking an accelerator stalls its queue
@@ -126,7 +126,7 @@ def _decode(batch: Batch, params: SamplingParams, *, seeds: Sequence[int]) -> li
     return _completions(ids, drawn, limits=batch.limits.tolist(), stop_ids=params.stop_ids)
 
 
-def _uniform(seed: int, steps: int) -> Tensor:
+def uniforms(seed: int, steps: int) -> Tensor:
     """[steps] numbers in [0, 1) that depend on the seed alone; drawn on the CPU, so that they are the same on every device."""
     return torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -32,7 +32,8 @@ def linear_objective(
     """sum_i w_i row_i(q_i, p_i) over the N rows of ``student.positions``, with gradients to hidden states and head.
 
     ``Loss.sum`` is a scalar, or [J] when ``row`` gives [n, J]; ``Loss.count`` is N; ``metrics`` adds KL both ways, entropies,
-    top-1 agreement and acceptance at temperature 1. Vocabularies padded to different sizes are both cut to the smaller before the softmax.
+    top-1 agreement and acceptance at temperature 1. Vocabularies padded to different sizes are both cut to the smaller before
+    the softmax.
     Raises ValueError when the teacher's support does not feed the objective or the row counts differ.
     """
     if impl != "auto" and impl not in _IMPLEMENTATIONS:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.kernels import row_values
 from kdlib.models import check_head, evaluating, load_model
 from kdlib.objectives import SelectiveKL
-from kdlib.objectives.selective import potential, threshold
+from kdlib.objectives.selective import check_reference, potential, threshold
 from kdlib.trainers.distillation import Batch, DistillationTrainer
 from kdlib.types import Positions
 
@@ -40,13 +40,7 @@ class DraftTrainer(DistillationTrainer):
         reference: str | nn.Module | None = None,
         **options: Any,
     ) -> None:
-        selective = isinstance(options.get("objective"), SelectiveKL)
-        if selective != (reference is not None):
-            raise ValueError(
-                "SelectiveKL chooses rows by a reference model: give one (--reference DIR; --reference train makes it)"
-                if selective
-                else "a reference model is read by SelectiveKL alone: leave it out, or add --objective SelectiveKL"
-            )
+        check_reference(options.get("objective"), reference)
         super().__init__(model, teacher, **options)
         self.reference = None if reference is None else self._loaded(reference)
 

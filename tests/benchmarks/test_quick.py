@@ -57,7 +57,32 @@ def test_on_policy_compares_with_others(script: str, tmp_path: Path) -> None:
     assert all(line in report.read_text() for line in expected[script])
 
 
-@pytest.mark.skipif(not (LOSS.parents[2] / "shared" / "models" / "gsm8k-lm").is_dir(), reason="no ../shared beside the project")
+needs_shared = pytest.mark.skipif(
+    not (LOSS.parents[2] / "shared" / "models" / "gsm8k-lm").is_dir(), reason="no ../shared beside the project"
+)
+
+
+@needs_shared
+def test_speculative_checks_tokens_and_the_clock(tmp_path: Path) -> None:
+    report = tmp_path / "table.md"
+    command = [sys.executable, str(LOSS.with_name("speculative.py")), "--quick", "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = report.read_text()
+    assert "| least likely | 4 | 4 of 4 |" in written and "| 6 layers | 4 layers | 2 | 3.00 |" in written
+
+
+@needs_shared
+def test_drafts_compares_methods(tmp_path: Path) -> None:
+    report = tmp_path / "drafts.md"
+    script = str(LOSS.with_name("drafts.py"))
+    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| SFT |" in report.read_text() and "| AdaSPEC, 0.4 |" in report.read_text()
+
+
+@needs_shared
 def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
     report = tmp_path / "gsm8k.md"
     script = str(LOSS.with_name("gsm8k.py"))
