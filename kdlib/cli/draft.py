@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from kdlib.cli.train import Run
 from kdlib.objectives.selective import check_reference
 
 if TYPE_CHECKING:
+    from kdlib.eval.page import Section
     from kdlib.trainers import DistillationConfig, DistillationTrainer
 
 DESCRIPTION = """Trains a draft for speculative decoding on its target, and measures what the target accepts.
@@ -123,15 +125,17 @@ class DraftRun(Run):
             given=given,
         )
 
-    def measure(self, trainer: DistillationTrainer) -> None:
-        """Acceptance of the draft as it lies in final/, into eval/acceptance.json."""
+    def measure(self, trainer: DistillationTrainer) -> Sequence[Section]:
+        """Acceptance of the draft as it lies in final.tmp, into eval/acceptance.json and the report."""
         from kdlib.cli.draft_model import measure
+        from kdlib.eval.acceptance_report import acceptance_sections
 
         options = asdict(self.arguments.evaluate)
-        if options["limit"]:
-            found = measure(trainer, self.directory.path / "final.tmp", options, log=self.log)
-            if found is not None:
-                self.directory.write_json("eval/acceptance.json", found)
+        found = measure(trainer, self.directory.path / "final.tmp", options, log=self.log) if options["limit"] else None
+        if found is None:
+            return ()
+        self.directory.write_json("eval/acceptance.json", found.to_json())
+        return acceptance_sections({"draft": found})
 
     def next_command(self) -> str:
         final = self.directory.final

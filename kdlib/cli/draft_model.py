@@ -13,7 +13,7 @@ from kdlib.cli.names import unknown
 from kdlib.data.draft import first_scored
 from kdlib.drafts.formats import is_head
 from kdlib.drafts.prune import pruned
-from kdlib.eval.acceptance import acceptance
+from kdlib.eval.acceptance import AcceptanceResult, acceptance
 from kdlib.models import load_model, load_tokenizer
 from kdlib.serving.client import is_url
 from kdlib.teachers import HFTeacher
@@ -94,8 +94,8 @@ def _pruned(model: Any, target: Any, args: DistillationConfig) -> Any:
     return pruned(whole, list(options["layers"]))
 
 
-def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Console) -> dict[str, Any] | None:
-    """Acceptance of the draft in a directory by the trainer's target, as JSON; None, with the reason, when that is served."""
+def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Console) -> AcceptanceResult | None:
+    """Acceptance of the draft in a directory by the trainer's target; None, with the reason, when that is served."""
     if not isinstance(trainer.teacher, HFTeacher):
         log.print(
             "acceptance is not measured: the target is not in this process (kdlib evaluate acceptance does it)", markup=False
@@ -103,7 +103,7 @@ def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Conso
         return None
     rows = (trainer.eval_rows or trainer.train_rows).dataset
     prompts = [rows[i]["input_ids"][: first_scored(rows[i]["labels"])] for i in range(min(options["limit"], len(rows)))]
-    found = acceptance(
+    return acceptance(
         trainer.teacher.model,
         load_model(str(draft)).to(trainer.accelerator.device).eval(),
         prompts,
@@ -116,4 +116,3 @@ def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Conso
         batch_size=options["batch_size"],
         seed=trainer.args.seed,
     )
-    return found.to_json()

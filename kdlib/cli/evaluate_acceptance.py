@@ -14,8 +14,8 @@ from kdlib.cli.parsing import parse
 if TYPE_CHECKING:
     from kdlib.eval.acceptance import AcceptanceResult
 
-DESCRIPTION = """Measures how often a target keeps what a draft proposes: expected acceptance with intervals, counted acceptance of
-speculative decoding, speed with and without the draft, and whether the output is the target's.
+DESCRIPTION = """Measures how often a target keeps what a draft proposes: expected acceptance with intervals, counted
+acceptance of speculative decoding, speed with and without the draft, and whether the output is the target's.
 
 With --server URL it measures a model that is served; kdlib evaluate acceptance --server URL --help shows how."""
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from kdlib.cli.parsing import parse
 
-DESCRIPTION = """Measures a vLLM server from outside: acceptance by its own counters (/metrics), time per output token and tokens
-per second by the clock, at several concurrencies; with --baseline_server also where speculation stops paying.
+DESCRIPTION = """Measures a vLLM server from outside: acceptance by its own counters (/metrics), time per output token and
+tokens per second by the clock, at several concurrencies; with --baseline_server also where speculation stops paying.
 
 The server should have no other requests meanwhile. A server without speculation, for --baseline_server, is the same vllm serve
 line without --speculative-config."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
 from kdlib.eval import evaluate, write_report, write_results
+from kdlib.eval.page import Section
 from kdlib.eval.results import interval_text, summary_rows
 from kdlib.models import load_model, load_tokenizer
 
@@ -30,6 +32,7 @@ def finish(
     loss: dict[str, float],
     arguments: RunArguments,
     scoring: dict[str, Any],
+    sections: Sequence[Section] = (),
 ) -> None:
     """Scores and samples the saved student, writes its card, renames it to final/ and writes the report."""
     directory.write_json("eval/loss.json", {key: value for key, value in loss.items() if isinstance(value, int | float)})
@@ -43,7 +46,7 @@ def finish(
     accepted = acceptance_rows(directory)
     write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, accepted=accepted, command=command)
     temporary.rename(directory.final)
-    write_report(directory.path)
+    write_report(directory.path, extra_sections=sections)
 
 
 def acceptance_rows(directory: RunDirectory) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ from kdlib.cli.run_directory import RunDirectory, Stage
 from kdlib.cli.scoring import ScoringArguments, check_tasks
 
 if TYPE_CHECKING:
+    from kdlib.eval.page import Section
     from kdlib.trainers import DistillationConfig, DistillationTrainer
 
 
@@ -170,7 +172,7 @@ class Run:
         temporary = self.directory.path / "final.tmp"
         trainer.save_final(temporary)
         if self.main:
-            self.measure(trainer)
+            sections = self.measure(trainer)
             finish(
                 self.directory,
                 trainer,
@@ -178,12 +180,14 @@ class Run:
                 loss=loss,
                 arguments=self.arguments,
                 scoring=self._scoring_options(),
+                sections=sections,
             )
             self._closing_lines()
         return 0
 
-    def measure(self, trainer: DistillationTrainer) -> None:
-        """What a command measures of its own at the end of a run, on the model in final.tmp."""
+    def measure(self, trainer: DistillationTrainer) -> Sequence[Section]:
+        """What a command measures of its own on the model in final.tmp, as sections of the report."""
+        return ()
 
     def _closing_lines(self) -> None:
         from kdlib.cli.finish import summary_table

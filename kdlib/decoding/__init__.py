@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kdlib.lazy import exports
 
-__all__ = ["Drafter", "ModelDrafter", "SpeculativeOutput", "draw", "filtered_log_probs", "generate", "speculative_generate"]
+__all__ = ["Drafter", "EagleDrafter", "ModelDrafter", "SpeculativeOutput", "draw", "filtered_log_probs", "generate", "speculative_generate"]
 
 __getattr__ = exports(
     __name__,
@@ -12,6 +12,7 @@ __getattr__ = exports(
         "draw": "kdlib.decoding.sampling",
         "filtered_log_probs": "kdlib.decoding.sampling",
         "generate": "kdlib.decoding.sampling",
+        "EagleDrafter": "kdlib.decoding.eagle_drafter",
         "Drafter": "kdlib.decoding.drafters",
         "ModelDrafter": "kdlib.decoding.drafters",
         "SpeculativeOutput": "kdlib.decoding.speculative",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdlib.decoding.cache import CachedModel
 from kdlib.decoding.drafters import Drafter
-from kdlib.decoding.sampling import uniforms, context_length, draw, filtered_log_probs
+from kdlib.decoding.sampling import context_length, draw, filtered_log_probs, uniforms
 from kdlib.decoding.spec_verify import Round
 from kdlib.types import SamplingParams
 

@@ -52,8 +52,8 @@ class CacheReader:
         bar = tqdm(self.index.shards, desc="Checking cache", unit="shard", delay=_BAR_DELAY, leave=False)
         for shard in bar:
             path = self.directory / shard.file
-            problem = _size_problem(path, shard)
-            if problem is None and verify and _checksum(path) != shard.xxh3_128:
+            problem = size_problem(path, shard)
+            if problem is None and verify and checksum(path) != shard.xxh3_128:
                 problem = "altered: its checksum differs"
             if problem is not None:
                 raise ValueError(f"cache file {path} is {problem}; delete it and run the same `kdlib cache` command again")
@@ -117,14 +117,14 @@ def _reordered(signals: Signals, *, order: NDArray) -> Signals:
     return Signals(ids=signals.ids[back], logp=signals.logp[back], rest=rest)
 
 
-def _size_problem(path: Path, shard: Shard) -> str | None:
+def size_problem(path: Path, shard: Shard) -> str | None:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
     return None if size == shard.bytes else f"truncated or altered: {size} bytes instead of {shard.bytes}"
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
