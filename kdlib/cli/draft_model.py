@@ -105,7 +105,7 @@ def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Conso
     prompts = [rows[i]["input_ids"][: first_scored(rows[i]["labels"])] for i in range(min(options["limit"], len(rows)))]
     return acceptance(
         trainer.teacher.model,
-        load_model(str(draft)).to(trainer.accelerator.device).eval(),
+        str(draft),
         prompts,
         tokenizer=trainer.processing_class,
         gamma=options["num_speculative_tokens"],

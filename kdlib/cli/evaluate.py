@@ -12,7 +12,9 @@ from kdlib.cli.parsing import parse
 from kdlib.cli.scoring import ScoringArguments, check_tasks
 
 DESCRIPTION = """Scores a model: lm-eval tasks (--tasks), bits per byte of a text (--dataset_name), and
-KL to a teacher (--teacher)."""
+KL to a teacher (--teacher).
+
+kdlib evaluate acceptance measures a draft for speculative decoding: see its own --help."""
 
 
 @dataclass
@@ -47,6 +49,10 @@ class EvaluateArguments:
 
 
 def run(words: list[str]) -> int:
+    if words[:1] == ["acceptance"]:
+        from kdlib.cli.evaluate_acceptance import run as run_acceptance
+
+        return run_acceptance(words[1:])
     options = parse("evaluate", DESCRIPTION, [EvaluateArguments, ScoringArguments], words)
     if options is None:
         return 0

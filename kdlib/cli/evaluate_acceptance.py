@@ -26,7 +26,7 @@ class AcceptanceArguments:
 
     Args:
         target: the model that is served, a path or Hub id.
-        draft: the draft, a path or Hub id; it has the target's tokenizer.
+        draft: the draft, a path or Hub id with the target's tokenizer, or the directory of an EAGLE-3 head.
         prompts: rows with a prompt, messages, a question or turns (the first is used); domain or category is kept.
         num_speculative_tokens: draft tokens per round (gamma); several are measured one by one.
         temperature: of the request; 0 is greedy.
@@ -107,6 +107,7 @@ def run(words: list[str]) -> int:
 def _measured(a: AcceptanceArguments) -> dict[str, AcceptanceResult]:
     """{draft's name: result}, the baseline first; rows and tokenizers are read before a model is loaded."""
     from kdlib.data import load_rows
+    from kdlib.drafts.formats import is_head
     from kdlib.eval.acceptance import acceptance
     from kdlib.eval.acceptance_expected import METHODS
     from kdlib.eval.acceptance_pair import check_tokenizers
@@ -126,7 +127,7 @@ def _measured(a: AcceptanceArguments) -> dict[str, AcceptanceResult]:
         earlier = next(iter(results.values()), None)
         results[names[draft]] = acceptance(
             target,
-            _loaded(a, draft),
+            draft if is_head(draft) else _loaded(a, draft),
             rows if earlier is None else earlier.prompts,
             responses=None if earlier is None else earlier.responses,
             tokenizer=tokenizer,

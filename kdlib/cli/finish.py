@@ -16,6 +16,7 @@ from kdlib.cli.card import write_card
 from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
+from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
 from kdlib.eval.page import Section
 from kdlib.eval.results import interval_text, summary_rows
@@ -104,11 +105,13 @@ def _headline(directory: RunDirectory) -> dict[str, str]:
 
 
 def _write_samples(directory: RunDirectory, trainer: Any, student: Path) -> None:
-    """rows.txt: rows with scored tokens marked; completions.jsonl: the student's greedy answers."""
+    """rows.txt: rows with scored tokens marked; completions.jsonl: greedy answers of a student that is a language model."""
     train, tokenizer = trainer.train_rows.dataset, trainer.processing_class
     folder = directory.path / "samples"
     with (folder / "rows.txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=160).print(preview_rows(train, tokenizer, count=SAMPLES))
+    if is_head(student):  # which writes nothing without its target
+        return
     asked = train if trainer.eval_rows is None else trainer.eval_rows.dataset
     rows = [asked[i] for i in range(min(SAMPLES, len(asked)))]
     model = load_model(str(student))

@@ -18,8 +18,9 @@ COMMANDS = {
     "draft": "train a draft for speculative decoding, and measure what its target accepts",
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
     "generate": "let a teacher answer prompts: verified traces that train as they are",
-    "evaluate": "score a model with lm-eval tasks, bits per byte, and KL to a teacher",
+    "evaluate": "score a model with lm-eval tasks, bits per byte, KL to a teacher; a draft: evaluate acceptance",
     "export": "write a draft as a directory that vLLM loads, checked, with the words to type",
+    "plan": "the acceptance that drafts of several shapes need to pay, before anything is trained",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
     "env": "versions and devices, for a bug report",
 }

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from kdlib.lazy import exports
 
-__all__ = ["Drafter", "EagleDrafter", "ModelDrafter", "SpeculativeOutput", "draw", "filtered_log_probs", "generate", "speculative_generate"]
+__all__ = [
+    "Drafter",
+    "EagleDrafter",
+    "ModelDrafter",
+    "SpeculativeOutput",
+    "draw",
+    "filtered_log_probs",
+    "generate",
+    "speculative_generate",
+]
 
 __getattr__ = exports(
     __name__,

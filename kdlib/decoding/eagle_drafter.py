@@ -38,7 +38,7 @@ class EagleDrafter:
         last, fed = self._last, self._fed
         self._ahead = gamma - 1
         for i in range(gamma):
-            chosen = choose(self._logits(last))
+            chosen = choose(self.target_logits(last[:, -1]))
             if i < self._ahead:
                 last, fed = self._cached.step(fed, chosen[:, None])
 
@@ -52,9 +52,9 @@ class EagleDrafter:
     def _fused(self, features: Features) -> Tensor:
         return self.draft.fuse(torch.cat([features[layer] for layer in self.layers], -1))
 
-    def _logits(self, last: Tensor) -> Tensor:
-        """[b, 1, D] -> [b, V]."""
-        drafted = self.draft.lm_head(last[:, -1]).float()
+    def target_logits(self, last: Tensor) -> Tensor:
+        """[n, D] -> [n, V] over the target's vocabulary, -inf outside of the draft's."""
+        drafted = self.draft.lm_head(last).float()
         whole = drafted.new_full((len(drafted), self.draft.config.vocab_size), -torch.inf)
         return whole.index_copy(1, self._ids, drafted)
 
@@ -66,14 +66,8 @@ class _CachedHead(CachedModel):
 
     def step(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Reads n more pairs: (for the head, to feed back), both [b, n, D]."""
-        columns = torch.arange(self.length + ids.shape[1], device=self.device)
-        padding = self.padding.to(self.device, non_blocking=True)[:, None]
-        found = self.model.step(
-            hidden,
-            ids,
-            position_ids=(columns[self.length :] - padding).clamp(min=0),
-            attention_mask=(columns >= padding).long() if bool(self.padding.any()) else None,
-            cache=self._cache,
+        room = self.extend(ids.shape[1])
+        assert room["position_ids"] is not None
+        return self.model.step(
+            hidden, ids, position_ids=room["position_ids"], attention_mask=room["attention_mask"], cache=self._cache
         )
-        self.length = len(columns)
-        return found

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from kdlib.decoding.drafters import Drafter
+from kdlib.decoding.eagle_drafter import EagleDrafter
 from kdlib.eval.acceptance_empirical import Decoding
 from kdlib.eval.acceptance_expected import METHODS, DraftSampling
+from kdlib.eval.acceptance_head import head_chunks
 from kdlib.eval.acceptance_measurement import AcceptanceResult, Measurement, Scorer
 from kdlib.eval.acceptance_pair import Model, decoding_of, longest_prompt, name_of
 from kdlib.eval.acceptance_prompts import Asked, PromptSet, prompt_set
@@ -53,13 +55,13 @@ def acceptance(
 ) -> AcceptanceResult:
     """Measures how often ``target`` keeps what ``draft`` proposes on ``prompts``, and what that is worth.
 
-    ``target``, ``draft``: loaded models, paths or Hub ids; a draft may also be a ``Drafter``, with a ``scorer`` that gives the
-    logits of both at the scored positions of token rows. ``prompts``: token ids, texts, or rows as ``kdlib generate`` reads
-    them (texts need the ``tokenizer``, which is loaded where ``target`` is a path). ``draft_sampling``: ways of drafting to
-    decode with, () for none; of both the expected acceptance is reported. At temperature 0 there is one, greedy. ``stop_ids``:
-    None for the eos of the target's generation config. ``batch_size``: rows decoded or scored at once; timing has one.
-    ``timing_prompts``: how many prompts are timed. ``resamples``: of the bootstrap over prompts. ``responses``: the target's,
-    of an earlier result with the same settings.
+    ``target``, ``draft``: loaded models, paths or Hub ids; a draft may also be an EAGLE-3 head, or a ``Drafter`` with a
+    ``scorer`` that gives the logits of both at the scored positions of token rows. ``prompts``: token ids, texts, or rows as
+    ``kdlib generate`` reads them (texts need the ``tokenizer``, which is loaded where ``target`` is a path).
+    ``draft_sampling``: ways of drafting to decode with, () for none; of both the expected acceptance is reported. At
+    temperature 0 there is one, greedy. ``stop_ids``: None for the eos of the target's generation config. ``batch_size``: rows
+    decoded or scored at once; timing has one. ``timing_prompts``: how many prompts are timed. ``resamples``: of the bootstrap
+    over prompts. ``responses``: the target's, of an earlier result with the same settings.
 
     Raises ValueError for gamma < 1, no usable prompts, token ids without room for max_new_tokens in either context, tokenizers
     that differ, and a draft whose vocabulary is larger than the target's.
@@ -103,14 +105,14 @@ def acceptance(
 
 
 def _model_scorer(decoding: Decoding) -> Scorer:
-    """Logits of two causal language models; ValueError for a draft that is none."""
-    if isinstance(decoding.draft, Drafter):
-        raise ValueError(f"{type(decoding.draft).__name__} is no causal language model: give its logits with scorer=")
-    vocab_size = Head.of(decoding.target).out_features
-    models = [decoding.target, decoding.draft]
-    return lambda rows: scored_chunks(
-        models, rows, vocab_size=vocab_size, batch_size=decoding.batch_size, desc="Expected acceptance"
-    )
+    """Logits of two causal language models, or of one and its EAGLE-3 head; ValueError for a draft that is neither."""
+    draft, size, desc = decoding.draft, decoding.batch_size, "Expected acceptance"
+    if isinstance(draft, EagleDrafter):
+        return lambda rows: head_chunks(decoding.target, draft, rows, batch_size=size, desc=desc)
+    if isinstance(draft, Drafter):
+        raise ValueError(f"{type(draft).__name__} is no causal language model: give its logits with scorer=")
+    vocab_size, models = Head.of(decoding.target).out_features, [decoding.target, draft]
+    return lambda rows: scored_chunks(models, rows, vocab_size=vocab_size, batch_size=size, desc=desc)
 
 
 def _gammas(gamma: int | Sequence[int]) -> list[int]:

@@ -11,7 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdlib.decoding.drafters import Drafter
+from kdlib.decoding.eagle_drafter import EagleDrafter
 from kdlib.decoding.sampling import context_length
+from kdlib.drafts import formats
+from kdlib.drafts.eagle3 import Eagle3Draft
 from kdlib.eval.acceptance_empirical import Decoding
 from kdlib.models import load_model, load_tokenizer
 from kdlib.tokenizers.identity import explain_difference, same_tokenizer
@@ -45,7 +48,7 @@ def decoding_of(
     on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base: Any = load_model(target).to(on) if isinstance(target, str) else target
     device = next(base.parameters()).device
-    small: Any = load_model(draft).to(device) if isinstance(draft, str) else draft
+    small = _draft(draft, base, device)
     _check_vocabularies(base, small, tokenizer)
     generation = base.generation_config
     stops = _listed(generation.eos_token_id) if stop_ids is None else tuple(stop_ids)
@@ -60,6 +63,13 @@ def decoding_of(
         seed=seed,
         resamples=resamples,
     )
+
+
+def _draft(draft: Model, target: Any, device: torch.device) -> Any:
+    """A path as a model or an EAGLE-3 head; a head as the drafter it is used by."""
+    if isinstance(draft, str):
+        draft = (formats.load(draft, target).eval() if formats.is_head(draft) else load_model(draft)).to(device)
+    return EagleDrafter(draft) if isinstance(draft, Eagle3Draft) else draft
 
 
 def check_tokenizers(tokenizer: PreTrainedTokenizerBase, draft: str) -> None:

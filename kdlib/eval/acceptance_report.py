@@ -134,35 +134,37 @@ def check_lines(result: AcceptanceResult) -> list[str]:
     ]
 
 
-def write_acceptance_page(path: str | os.PathLike[str], results: Results) -> Path:
-    """The page with all drafts, the last one as the subject; returns its path."""
-    name, result = list(results.items())[-1]
-    settings = {**result.settings, "draft": ", ".join(results), "prompts": len(result.prompts)}
-    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
-    numeric = range(2, len(HEADER))
+def acceptance_sections(results: Results) -> list[page.Section]:
+    """Plots and tables of what was expected and counted, what they mean, and what they count."""
     expected = page.Table(
         header=["draft", "draft_sample_method", "acceptance_rate", "mean over prompts", "tokens"],
         rows=expected_rows(results),
         numeric=range(2, 5),
         caption="Of the next token, on responses sampled from the target.",
     )
+    decoded = page.Table(header=HEADER, rows=decoded_rows(results), numeric=range(2, len(HEADER)))
+    return [
+        page.Section(title="Expected acceptance", blocks=[*expected_figures(results), expected]),
+        page.Section(title="Speculative decoding", blocks=[*decoded_figures(results), decoded]),
+        page.Section(title="Findings", blocks=[page.Notes(items=lines(results))] if lines(results) else []),
+        page.Section(title="What is counted", blocks=[page.Notes(items=COUNTED)]),
+    ]
+
+
+def write_acceptance_page(path: str | os.PathLike[str], results: Results) -> Path:
+    """The page with all drafts, the last one as the subject; returns its path."""
+    name, result = list(results.items())[-1]
+    settings = {**result.settings, "draft": ", ".join(results), "prompts": len(result.prompts)}
+    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
+    rows = [[key, str(value)] for key, value in settings.items()]
     return page.write_page(
         path,
         title=f"Acceptance of {name}",
         lead=f"What {result.settings['target']} keeps of its drafts on {len(result.prompts):,} prompts.",
         headline=page.Numbers(items=_headline(result)),
         sections=[
-            page.Section(title="Expected acceptance", blocks=[*expected_figures(results), expected]),
-            page.Section(
-                title="Speculative decoding",
-                blocks=[*decoded_figures(results), page.Table(header=HEADER, rows=decoded_rows(results), numeric=numeric)],
-            ),
-            page.Section(title="Findings", blocks=[page.Notes(items=lines(results))] if lines(results) else []),
-            page.Section(title="What is counted", blocks=[page.Notes(items=COUNTED)]),
-            page.Section(
-                title="Settings",
-                blocks=[page.Table(header=["option", "value"], rows=[[key, str(value)] for key, value in settings.items()])],
-            ),
+            *acceptance_sections(results),
+            page.Section(title="Settings", blocks=[page.Table(header=["option", "value"], rows=rows)]),
             page.Section(title="Prompts left out", blocks=[page.Notes(items=left_out)] if left_out else []),
         ],
     )

@@ -65,11 +65,11 @@ def scored_chunks(
     for start in tqdm(starts, desc=desc, unit="batch"):
         picked = order[start : start + batch_size]
         batch = dataset[picked]
-        labels = _padded(batch["labels"], -100)
+        labels = padded(batch["labels"], -100)
         scored = labels[:, 1:] != -100
         inputs = {
-            "input_ids": _padded(batch["input_ids"], 0),
-            "attention_mask": _padded([[1] * len(ids) for ids in batch["input_ids"]], 0),
+            "input_ids": padded(batch["input_ids"], 0),
+            "attention_mask": padded([[1] * len(ids) for ids in batch["input_ids"]], 0),
         }
         hidden = [_last_hidden(model, inputs)[:, :-1][scored] for model in models]
         row, target = torch.tensor(picked)[scored.nonzero()[:, 0]], labels[:, 1:][scored]
@@ -83,6 +83,6 @@ def _last_hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return hidden_states(model, {name: value.to(model.device) for name, value in inputs.items()})[0]
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """[B, S] int64, filled up on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -13,6 +13,7 @@ from kdlib.cli.draft import DraftRun
 from kdlib.cli.parsing import parse
 from kdlib.cli.recipes import recipes
 from tests.cli.conftest import Command
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 MEASURE = {"evaluate.limit": 4, "evaluate.max_new_tokens": 8, "evaluate.num_speculative_tokens": "2"}
 
@@ -55,6 +56,26 @@ def test_layers_of_the_target_make_a_draft(kdlib: Command, options: dict[str, An
     assert done.code == 0, done.err
     made = AutoModelForCausalLM.from_pretrained(options["output_dir"] / "final")
     assert made.config.num_hidden_layers == 1
+
+
+def test_a_head_is_trained_measured_and_gone_on_from(kdlib: Command, options: dict[str, Any], place: Path) -> None:
+    target = place / "deep"
+    if not target.exists():
+        tokenizer = tiny_tokenizer()
+        tokenizer.save_pretrained(target)
+        tiny_llama(len(tokenizer), seed=3, layers=4).save_pretrained(target)
+    words = {**options, **MEASURE, "teacher": target, "max_length": 64}
+    done = kdlib("draft", **{**words, "model": "{eagle3: {ttt_steps: 2, draft_vocab_size: 64}}"})
+    assert done.code == 0, done.err
+    run = options["output_dir"]
+    assert {"acceptance/step_0", "acceptance/step_1"} <= metrics(run)[0].keys()
+    found = json.loads((run / "eval" / "acceptance.json").read_text())
+    assert 1.0 <= found["empirical"][0]["acceptance_length"]["value"] <= 3.0
+    assert 0.0 < found["expected"]["greedy"]["acceptance_rate"]["value"] < 1.0 or found["response_tokens"] < 40
+    further = kdlib("draft", **{**words, "model": run / "final", "output_dir": run.with_name("further")})
+    assert further.code == 0, further.err
+    refused = kdlib("draft", **{**words, "model": "{eagle3: {ttt_step: 2}}", "output_dir": run.with_name("third")})
+    assert refused.code == 2 and "did you mean ttt_steps?" in refused.err
 
 
 @pytest.mark.parametrize(
