@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdlib.data import load_rows
-from kdlib.eval.acceptance import acceptance
+from kdlib.eval import acceptance
 from kdlib.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.arguments import LaunchArguments, RunArguments
+from kdlib.cli.parsing import Options
 from kdlib.cli.train import Run
 from kdlib.objectives.selective import check_reference
 
@@ -75,6 +77,18 @@ class DraftRun(Run):
     command, description, arguments_class = "draft", DESCRIPTION, DraftArguments
     arguments: DraftArguments
 
+    @classmethod
+    def check(cls, options: Options) -> None:
+        arguments, launch = options.build(DraftArguments), options.build(LaunchArguments)
+        check_reference(arguments.objective, arguments.reference)
+        several = launch.num_processes or launch.accelerate_config or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if arguments.reference == TRAIN and several:
+            here, asked = _reference_run(options.config["output_dir"])
+            raise ValueError(
+                f"--reference train works in one process: run this command with {' '.join(asked)} first, "
+                f"then with --reference {here}/final"
+            )
+
     def build_args(self) -> DistillationConfig:
         from kdlib.cli.draft_model import head_options
 
@@ -88,21 +102,13 @@ class DraftRun(Run):
     def start(self, stage: Any) -> int:
         """The exit code; the reference, where it is to be trained, comes first."""
         if self.arguments.reference == TRAIN:
-            check_reference(self.arguments.objective, self.arguments.reference)
             code = self._train_reference()
             if code:
                 return code
         return super().start(stage)
 
     def _train_reference(self) -> int:
-        launch = self.options.build(LaunchArguments)
-        here = f"{self.args.output_dir}-reference"
-        asked = ["--objective", "ForwardKL", "--reference", "null", "--output_dir", here, "--evaluate.limit", "0"]
-        if launch.num_processes or launch.accelerate_config or self.args.world_size > 1:
-            raise ValueError(
-                f"--reference train works in one process: run this command with {' '.join(asked)} first, "
-                f"then with --reference {here}/final"
-            )
+        here, asked = _reference_run(str(self.args.output_dir))
         self.log.print(f"reference model first, in {here}", markup=False)
         return type(self).run([*self.words, *asked], quiet=True)
 
@@ -142,6 +148,12 @@ class DraftRun(Run):
         return (
             f"kdlib export draft --draft {final} --target {self.arguments.teacher} --output_path {self.directory.path / 'vllm'}"
         )
+
+
+def _reference_run(output_dir: str) -> tuple[str, list[str]]:
+    """Where the reference of a run is trained, and with which options instead of the run's own."""
+    here = f"{output_dir}-reference"
+    return here, ["--objective", "ForwardKL", "--reference", "null", "--output_dir", here, "--evaluate.limit", "0"]
 
 
 def run(words: list[str], *, quiet: bool = False) -> int:

@@ -13,7 +13,7 @@ from kdlib.cli.names import unknown
 from kdlib.data.draft import first_scored
 from kdlib.drafts.formats import is_head
 from kdlib.drafts.prune import pruned
-from kdlib.eval.acceptance import AcceptanceResult, acceptance
+from kdlib.eval import AcceptanceResult, acceptance
 from kdlib.models import load_model, load_tokenizer
 from kdlib.serving.client import is_url
 from kdlib.teachers import HFTeacher

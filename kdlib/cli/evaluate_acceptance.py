@@ -12,7 +12,7 @@ from rich.console import Console
 from kdlib.cli.parsing import parse
 
 if TYPE_CHECKING:
-    from kdlib.eval.acceptance import AcceptanceResult
+    from kdlib.eval import AcceptanceResult
 
 DESCRIPTION = """Measures how often a target keeps what a draft proposes: expected acceptance with intervals, counted
 acceptance of speculative decoding, speed with and without the draft, and whether the output is the target's.
@@ -108,7 +108,7 @@ def _measured(a: AcceptanceArguments) -> dict[str, AcceptanceResult]:
     """{draft's name: result}, the baseline first; rows and tokenizers are read before a model is loaded."""
     from kdlib.data import load_rows
     from kdlib.drafts.formats import is_head
-    from kdlib.eval.acceptance import acceptance
+    from kdlib.eval import acceptance
     from kdlib.eval.acceptance_expected import METHODS
     from kdlib.eval.acceptance_pair import check_tokenizers
     from kdlib.models import load_tokenizer

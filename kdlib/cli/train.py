@@ -49,8 +49,13 @@ class Run:
             raise ValueError("output_dir missing: add --output_dir DIR")
         directory = RunDirectory(options.config["output_dir"])
         stage = directory.stage(options.config, overwrite=options.build(cls.arguments_class).overwrite)
+        cls.check(options)
         relaunch(cls.command, words, options.build(LaunchArguments))
         return cls(options, words=words, quiet=quiet).start(stage)
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """ValueError for options that cannot work together, before other processes are started."""
 
     def __init__(self, options: Options, *, words: list[str], quiet: bool) -> None:
         self.options, self.words = options, words

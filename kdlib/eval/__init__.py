@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from kdlib.lazy import exports
 
 if TYPE_CHECKING:
+    from kdlib.eval.acceptance_call import acceptance
+    from kdlib.eval.acceptance_measurement import AcceptanceResult
     from kdlib.eval.bpb import BitsPerByte, bits_per_byte
     from kdlib.eval.callback import EvaluateCallback
     from kdlib.eval.comparison import comparison_report
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
     from kdlib.eval.results import results_table, summary_rows, write_results
 
 _HOME = {
+    "AcceptanceResult": "acceptance_measurement",
     "BitsPerByte": "bpb",
     "EvaluateCallback": "callback",
     "Section": "page",
+    "acceptance": "acceptance_call",
     "bits_per_byte": "bpb",
     "comparison_report": "comparison",
     "evaluate": "harness",
@@ -34,9 +38,11 @@ _HOME = {
 }
 
 __all__ = [
+    "AcceptanceResult",
     "BitsPerByte",
     "EvaluateCallback",
     "Section",
+    "acceptance",
     "bits_per_byte",
     "comparison_report",
     "evaluate",

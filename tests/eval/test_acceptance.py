@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdlib.decoding.drafters import ModelDrafter
 from kdlib.decoding.sampling import filtered_log_probs
-from kdlib.eval.acceptance import acceptance
+from kdlib.eval import acceptance
 from kdlib.eval.acceptance_expected import acceptance_probability
 from kdlib.eval.acceptance_pair import decoding_of
 from kdlib.eval.acceptance_prompts import prompt_set
