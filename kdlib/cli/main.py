@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     0: it worked. 2: what was asked for cannot be done, one line on stderr says why. 130 and 143: Ctrl-C or
-    SIGTERM stopped it in good order. 1 (Python's own): a defect, with its traceback.
+    SIGTERM stopped it in good order. 1: a defect, with its traceback (Python's own), or a check of kdlib evaluate acceptance
+    that failed.
     """
     words = sys.argv[1:] if argv is None else argv
     console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -103,6 +103,9 @@ def test_distill_names_the_command_that_selects(kdlib: Command, options: dict[st
     assert outcome.code == 2 and "kdlib draft" in outcome.err
 
 
-def test_the_recipe_parses() -> None:
-    options = parse("draft", "", DraftRun.classes(), ["--config", str(recipes()["draft"])])
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("draft")])
+def test_every_recipe_is_a_configuration_that_parses(name: str) -> None:
+    options = parse("draft", "", DraftRun.classes(), ["--config", str(recipes()[name])])
     assert options is not None and options.config["evaluate"]["num_speculative_tokens"] == [2, 3, 5]
+    DraftRun.check(options)
+    DraftRun(options, words=[], quiet=True)
