@@ -24,6 +24,7 @@ from rich.table import Table
 
 from kdlib.data import load_rows
 from kdlib.eval import acceptance
+from kdlib.files import write_whole
 from kdlib.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +136,13 @@ class Measure:
         self.responses: dict[float, list[list[int]]] = {}
 
     def __call__(self, draft: Path) -> dict[str, float]:
+        """The scores of a draft, measured once and kept beside it."""
+        kept = draft.parent / f"measured-{len(self.rows)}.json"
+        if not kept.is_file():
+            write_whole(kept, json.dumps(self.measured(draft)))
+        return json.loads(kept.read_text())
+
+    def measured(self, draft: Path) -> dict[str, float]:
         found: dict[str, float] = {}
         for temperature, ways in ((0.0, ("greedy",)), (1.0, ("probabilistic",))):
             one = acceptance(

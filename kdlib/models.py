@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ def check_head(model: nn.Module, *, role: str) -> None:
         raise ValueError(
             f"the {role} ({type(base).__name__}) does more to its logits than kdlib.head.Head knows: please report the model"
         )
+
+
+def eos_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a text, of the ``eos_token_id`` of a configuration or generation config: none, one or several."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def parameter_count(model: nn.Module, *, trainable: bool = False) -> int:

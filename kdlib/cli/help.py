@@ -63,9 +63,11 @@ def show_help(command: str, description: str, classes: Sequence[type], *, everyt
 
 def _rows(cls: type, *, everything: bool) -> list[tuple[str, str, str]]:
     """(option, default, text) of what the class documents; of inherited options the common ones, or all."""
-    own, base = docs(cls), cls.__base__
-    inherited = COMMON if base is not None and dataclasses.is_dataclass(base) else {}
-    texts = {**(docs(base) if inherited and everything else {}), **inherited, **own}
+    ours = [base for base in reversed(cls.__mro__) if base.__module__.startswith("kdlib.")]
+    own = {name: text for base in ours for name, text in docs(base).items()}
+    theirs = next((base for base in cls.__mro__ if base not in ours and dataclasses.is_dataclass(base)), None)
+    inherited = {} if theirs is None else COMMON
+    texts = {**(docs(theirs) if theirs is not None and everything else {}), **inherited, **own}
     chosen = [*inherited, *own, *(option_names(cls) if everything else ())]
     names = [name for name in dict.fromkeys(chosen) if name in option_names(cls)]
     return [(f"--{name}", shown_default(cls, name), texts.get(name, "")) for name in names]

@@ -14,6 +14,7 @@ from kdlib.decoding.drafters import Drafter, ModelDrafter
 from kdlib.decoding.sampling import check_prompts, context_length
 from kdlib.decoding.spec_loop import Speculation, SpeculativeOutput
 from kdlib.decoding.spec_vocabulary import SharedVocabulary
+from kdlib.models import eos_ids, inner
 from kdlib.tokenizers import same_tokenizer
 from kdlib.types import SamplingParams
 
@@ -69,7 +70,7 @@ def speculative_generate(
         temperature=temperature,
         top_k=top_k or 0,
         top_p=1.0 if top_p is None else top_p,
-        stop_ids=_eos_ids(target) if stop_ids is None else tuple(stop_ids),
+        stop_ids=eos_ids(inner(target).generation_config.eos_token_id) if stop_ids is None else tuple(stop_ids),
     )
     check_cache(target, role="target")
     drafter = draft if isinstance(draft, Drafter) else _model_drafter(target, draft, tokenizer, draft_tokenizer)
@@ -83,7 +84,7 @@ def speculative_generate(
         raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
     one_hot = draft_sampling == "greedy"
     speculation = Speculation(target, drafter, params=params, gamma=gamma, one_hot=one_hot, lenience=lenience, seeds=seeds)
-    pad = _pad_id(target, params.stop_ids) if pad_token_id is None else pad_token_id
+    pad = pad_id(target, params.stop_ids) if pad_token_id is None else pad_token_id
     return speculation.run(input_ids.to(speculation.device), padding=padding, pad_token_id=pad)
 
 
@@ -115,13 +116,7 @@ def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (~mask).sum(-1)
 
 
-def _eos_ids(target: Any) -> tuple[int, ...]:
-    """The tokens that end the target's text by its generation config."""
-    eos = target.generation_config.eos_token_id
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def _pad_id(target: Any, stop_ids: tuple[int, ...]) -> int:
+def pad_id(target: Any, stop_ids: Sequence[int]) -> int:
     """What fills rows that end early: the target's padding token, or else a stop token, or else 0."""
     pad = target.generation_config.pad_token_id
     return pad if pad is not None else stop_ids[0] if stop_ids else 0

@@ -9,7 +9,7 @@ from kdlib.lazy import exports
 
 _HOME: dict[str, str] = {
     "DraftExport": "export",
-    "Eagle3Config": "eagle3",
+    "Eagle3Config": "eagle3_config",
     "Eagle3Draft": "eagle3",
     "export_draft": "export",
     "export_head": "export",

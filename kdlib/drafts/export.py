@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.drafts import formats
-from kdlib.drafts.eagle3 import check_feature_layers, default_feature_layers
+from kdlib.drafts.eagle3_config import check_feature_layers, default_feature_layers
 from kdlib.models import load_tokenizer
 from kdlib.tokenizers import explain_difference, same_tokenizer
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_feature_layers, default_feature_layers
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config, check_feature_layers, default_feature_layers
 from kdlib.drafts.vocabulary import DraftVocabulary
 from kdlib.files import write_whole
 

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from kdlib.decoding.drafters import Drafter
 from kdlib.decoding.eagle_drafter import EagleDrafter
 from kdlib.decoding.sampling import context_length
+from kdlib.decoding.speculative import pad_id
 from kdlib.drafts import formats
 from kdlib.drafts.eagle3 import Eagle3Draft
 from kdlib.eval.acceptance_empirical import Decoding
-from kdlib.models import load_model, load_tokenizer
+from kdlib.models import eos_ids, load_model, load_tokenizer
 from kdlib.tokenizers.identity import explain_difference, same_tokenizer
 from kdlib.types import SamplingParams
 
@@ -50,15 +51,13 @@ def decoding_of(
     device = next(base.parameters()).device
     small = _draft(draft, base, device)
     _check_vocabularies(base, small, tokenizer)
-    generation = base.generation_config
-    stops = _listed(generation.eos_token_id) if stop_ids is None else tuple(stop_ids)
-    pad = generation.pad_token_id if isinstance(generation.pad_token_id, int) else (*stops, 0)[0]
+    stops = eos_ids(base.generation_config.eos_token_id) if stop_ids is None else tuple(stop_ids)
     return Decoding(
         target=base,
         draft=small,
         tokenizer=tokenizer,
         params=replace(params, stop_ids=stops),
-        pad_token_id=pad,
+        pad_token_id=pad_id(base, stops),
         batch_size=batch_size,
         seed=seed,
         resamples=resamples,
@@ -115,7 +114,3 @@ def _check_vocabularies(target: Any, draft: Any, tokenizer: PreTrainedTokenizerB
         )
     if theirs < ours and tokenizer is None:
         raise ValueError(f"the draft has {theirs} tokens and the target {ours}: add the tokenizer= that both share")
-
-
-def _listed(eos: int | list[int] | None) -> tuple[int, ...]:
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

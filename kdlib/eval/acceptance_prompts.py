@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from datasets import Dataset
 
 from kdlib.data.draft import sample_id
-from kdlib.data.traces.prompts import COLUMNS, read_prompts
+from kdlib.data.traces.prompts import read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def prompt_set(
     apply_chat_template: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PromptSet:
-    """Token ids as they are; texts and rows as ``kdlib generate`` reads them, and of a conversation's ``turns`` the first.
+    """Token ids as they are; texts and rows as ``kdlib generate`` reads them.
 
     A row's ``domain`` or ``category`` is kept. Rows with more than ``longest`` tokens, without a prompt, or with a prompt that
     an earlier one has, are left out and counted. Raises ValueError for no prompts, for token ids that are too long, and for
@@ -57,7 +57,9 @@ def prompt_set(
         return _token_ids([list(ids) for ids in prompts], longest=longest)
     if tokenizer is None:
         raise ValueError("prompts as text need a tokenizer: add tokenizer=..., or give token ids")
-    rows = _rows(prompts)
+    rows = prompts
+    if not isinstance(prompts, Dataset):
+        rows = Dataset.from_list([{"prompt": row} if isinstance(row, str) else dict(row) for row in prompts])
     found = read_prompts(
         rows,
         tokenizer,
@@ -84,17 +86,6 @@ def _token_ids(prompts: list[list[int]], *, longest: float) -> PromptSet:
                 f"(at most {int(longest)}): shorten or drop it, or lower max_new_tokens"
             )
     return PromptSet(ids=prompts, domains=[None] * len(prompts))
-
-
-def _rows(prompts: Asked) -> Dataset:
-    if isinstance(prompts, Dataset):
-        rows = prompts
-    else:
-        rows = Dataset.from_list([{"prompt": row} if isinstance(row, str) else dict(row) for row in prompts])
-    if "turns" in rows.column_names and not any(name in rows.column_names for name in COLUMNS):
-        first = [turns[0] if turns else None for turns in rows["turns"]]
-        return rows.add_column("prompt", first)
-    return rows
 
 
 def _domain(row: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdlib.eval.served_load import Load, Request, load
-from kdlib.serving.client import ServerRefusedError
+from kdlib.serving.errors import ServerRefusedError
 from kdlib.serving.metrics import Counters, MeasuredServer
 
 Asked = str | Sequence[Mapping[str, Any]]  # a text, or the messages before the answer

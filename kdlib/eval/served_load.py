@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from kdlib.serving.client import ServerRefusedError
+from kdlib.serving.errors import ServerRefusedError
 from kdlib.serving.metrics import MeasuredServer
 
 Request = tuple[str, Mapping[str, Any]]  # path, payload

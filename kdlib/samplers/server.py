@@ -11,7 +11,8 @@ from torch import Tensor
 from kdlib.decoding.sampling import check_prompts
 from kdlib.samplers.config import RolloutConfig
 from kdlib.samplers.outcome import completion, own_log_probs, unusable
-from kdlib.serving.client import ServerClient, ServerFailedError
+from kdlib.serving.client import ServerClient
+from kdlib.serving.errors import ServerFailedError
 from kdlib.serving.scoring import ServerScorer
 from kdlib.serving.transfer import FileTransfer, NCCLTransfer, Transfer
 from kdlib.types import Completion, SamplingParams

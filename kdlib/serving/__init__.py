@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from kdlib.serving.client import BadRowsError, ServerAwayError, ServerClient, ServerFailedError, ServerRefusedError
+from kdlib.serving.client import ServerClient
 from kdlib.serving.command import serve_command
 from kdlib.serving.engine import start_engine, stop_engine
+from kdlib.serving.errors import BadRowsError, ServerAwayError, ServerFailedError, ServerRefusedError
 
 __all__ = [
     "BadRowsError",

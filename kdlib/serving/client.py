@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,58 +21,12 @@ from tenacity import (
     wait_exponential,
 )
 
-from kdlib.types import TeacherSignal, Tensor
-
-API_KEY_VARIABLE = "KDLIB_API_KEY"
-
-Payload = Mapping[str, Any]
+from kdlib.serving.connection import Connection, FailingError, NoAnswerError, Payload
+from kdlib.serving.errors import ServerAwayError, ServerFailedError
 
 _logger = logging.getLogger("kdlib.serving")
-_NOT_A_NUMBER = "not JSON compliant"  # what a server says (HTTP 400) whose answer holds NaN
-_BUSY = (429, 502, 503, 504)  # HTTP statuses of a server that will answer later
 _TRIES_OF_A_FAILING_REQUEST = 3
-_CONNECT_SECONDS = 10.0
 _AVOID_SECONDS = 30.0  # how long a replica that is away is asked only when no other answers
-
-
-class ServerAwayError(ConnectionError):
-    """No answer for ``patience`` seconds: the run stops with a checkpoint."""
-
-
-class ServerRefusedError(ValueError):
-    """The server understood the request and declined it (HTTP 4xx); the message is the server's, in one line.
-
-    ``status`` is the HTTP status.
-    """
-
-    def __init__(self, message: str, *, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class ServerFailedError(ServerRefusedError):
-    """A healthy server fails on this one request: HTTP 500 several times, or an answer that holds NaN."""
-
-
-class BadRowsError(ValueError):
-    """The teacher's answer is unusable for some rows of a batch; the others are in ``signal``.
-
-    ``keep`` [N] (bool, CPU) marks the positions that ``signal`` holds (None when none is left), ``samples`` names the rest's
-    sample ids, ``reason`` says what is wrong with the first of them.
-    """
-
-    def __init__(self, *, keep: Tensor, signal: TeacherSignal | None, samples: list[int], reason: str) -> None:
-        named = ", ".join(str(sample) for sample in samples)
-        super().__init__(f"the teacher's answer is unusable for sample {named}: {reason}; leave it out of the dataset")
-        self.keep, self.signal, self.samples, self.reason = keep, signal, samples, reason
-
-
-class _AwayError(Exception):
-    """No answer now; there may be one later."""
-
-
-class _FailingError(_AwayError):
-    """HTTP 500 while /health is fine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +52,7 @@ class ServerClient:
         if not self.urls or concurrency < 1:
             raise ValueError("a served model needs at least one URL and a concurrency of at least 1")
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
-        self._session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=concurrency)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
-        if API_KEY_VARIABLE in os.environ:
-            self._session.headers["Authorization"] = f"Bearer {os.environ[API_KEY_VARIABLE]}"
+        self._connection = Connection(timeout=timeout, concurrency=concurrency)
         self._slots = threading.BoundedSemaphore(concurrency)  # several threads may ask at the same time
         self._turn = itertools.count()
         self._avoided: dict[str, float] = {}  # replicas that are away, and until when they are passed over
@@ -125,8 +72,8 @@ class ServerClient:
         answers, problems = [], []
         for url in self.urls:
             try:
-                answers.append(self._sent("GET", url, "/v1/models", None).json()["data"])
-            except (_AwayError, requests.JSONDecodeError, KeyError) as problem:
+                answers.append(self._connection.send(url, "/v1/models").json()["data"])
+            except (NoAnswerError, requests.JSONDecodeError, KeyError) as problem:
                 problems.append(f"{url} ({problem})")
                 self._leave(url)
         if not answers:
@@ -138,6 +85,17 @@ class ServerClient:
         if not shared:
             raise ValueError(f"the replicas {self.name} serve different models: a teacher is one model")
         return [_served(entry["id"], answers) for entry in answers[0] if entry["id"] in shared]
+
+    def get_text(self, path: str) -> str:
+        """What the first replica answers to a GET, asked once; ConnectionError or ServerRefusedError when there is nothing."""
+        return self._connection.send(self.urls[0], path).text
+
+    def lines(self, path: str, payload: Payload) -> Generator[bytes]:
+        """The lines of the first replica's answer, asked once, each as it arrives.
+
+        ConnectionError when it goes away, ServerRefusedError for what it declines.
+        """
+        return self._connection.lines(self.urls[0], path, payload=payload)
 
     def post(self, path: str, payload: Payload) -> requests.Response:
         """The answer to one request. ServerAwayError, ServerRefusedError or ServerFailedError when there is none."""
@@ -175,13 +133,13 @@ class ServerClient:
             try:
                 with self._slots:
                     return self._attempt(path, payload)
-            except _FailingError as error:
+            except FailingError as error:
                 if next(failures) < _TRIES_OF_A_FAILING_REQUEST:
                     raise
                 raise ServerFailedError(str(error), status=500) from error
 
         retrying = Retrying(
-            retry=retry_if_exception_type(_AwayError),
+            retry=retry_if_exception_type(NoAnswerError),
             stop=stop_after_delay(self.patience) | stop_when_event_set(stop),
             wait=wait_exponential(multiplier=0.25, max=15.0),
             sleep=sleep_using_event(stop),
@@ -189,7 +147,7 @@ class ServerClient:
         )
         try:
             return retrying(attempt)
-        except _AwayError as error:
+        except NoAnswerError as error:
             raise ServerAwayError(
                 f"no answer from {self.name} for {self.patience:.0f} seconds ({error}): the run stops here with a checkpoint; "
                 "start the server again, then the same command resumes"
@@ -199,13 +157,13 @@ class ServerClient:
         """The first answer of a replica: in turn, those that were away lately last."""
         first, now = next(self._turn) % len(self.urls), time.monotonic()
         turn = self.urls[first:] + self.urls[:first]
-        problems: list[_AwayError] = []
+        problems: list[NoAnswerError] = []
         for url in sorted(turn, key=lambda url: self._avoided.get(url, 0.0) > now):
             try:
-                response = self._sent("POST", url, path, payload)
-            except _FailingError:
+                response = self._connection.send(url, path, payload=payload)
+            except FailingError:
                 raise
-            except _AwayError as problem:
+            except NoAnswerError as problem:
                 problems.append(problem)
                 self._leave(url, problem)
             else:
@@ -213,26 +171,7 @@ class ServerClient:
                 return response
         raise problems[0]
 
-    def _sent(self, method: str, url: str, path: str, payload: Payload | None) -> requests.Response:
-        with _unreachable():
-            timeout = (min(_CONNECT_SECONDS, self.timeout), self.timeout)
-            response = self._session.request(method, url + path, json=payload, timeout=timeout)
-        if response.status_code < 400:
-            return response
-        message = _message(response)
-        if response.status_code == 500 and self._healthy(url):
-            raise _FailingError(message)
-        if response.status_code >= 500 or response.status_code in _BUSY:
-            raise _AwayError(f"HTTP {response.status_code}: {message}")
-        if _NOT_A_NUMBER in message:
-            raise ServerFailedError(f"its answer holds NaN or infinity ({message})", status=response.status_code)
-        raise ServerRefusedError(f"{url} refuses: {message}", status=response.status_code)
-
-    def _healthy(self, url: str) -> bool:
-        with _unreachable():
-            return self._session.get(f"{url}/health", timeout=min(_CONNECT_SECONDS, self.timeout)).ok
-
-    def _leave(self, url: str, problem: _AwayError | None = None) -> None:
+    def _leave(self, url: str, problem: NoAnswerError | None = None) -> None:
         with self._lock:
             known = url in self._avoided
             self._avoided[url] = time.monotonic() + _AVOID_SECONDS
@@ -247,15 +186,6 @@ class ServerClient:
                 _logger.warning("%s answers again", url)
 
 
-@contextmanager
-def _unreachable() -> Iterator[None]:
-    try:
-        yield
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        kind = "time-out" if isinstance(error, requests.Timeout) else "no connection"
-        raise _AwayError(kind) from error
-
-
 def is_url(name: object) -> bool:
     """Whether this is a server's address, not a path or Hub id."""
     return isinstance(name, str) and name.startswith(("http://", "https://"))
@@ -265,17 +195,6 @@ def _base(url: str) -> str:
     if not is_url(url):
         raise ValueError(f"{url!r} is not a URL: a served model is given as http://HOST:PORT/v1")
     return url.rstrip("/").removesuffix("/v1")
-
-
-def _message(response: requests.Response) -> str:
-    """The one line in which a server says what is wrong."""
-    try:
-        body = response.json()
-    except requests.JSONDecodeError:
-        body = response.text
-    if isinstance(body, dict):
-        body = body["error"]["message"] if isinstance(body.get("error"), dict) else body.get("detail", body)
-    return (str(body).strip().splitlines() or [response.reason])[0][:300]
 
 
 def _served(name: str, answers: Sequence[Sequence[Mapping[str, Any]]]) -> Served:

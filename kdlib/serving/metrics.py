@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from kdlib.serving.client import (
-    _CONNECT_SECONDS,
-    Payload,
-    ServerClient,
-    ServerRefusedError,
-    _AwayError,
-    _message,
-    _unreachable,
-)
+from kdlib.serving.client import ServerClient
+from kdlib.serving.connection import Payload
+from kdlib.serving.errors import ServerRefusedError
 
 _GENERATED, _PREFIX = "vllm:generation_tokens", "vllm:spec_decode_num_"
 _DATA, _END = b"data: ", b"[DONE]"
@@ -119,8 +113,8 @@ class MeasuredServer(ServerClient):
     def counters(self) -> Counters:
         """The server's counters now; ValueError where it has none or cannot be reached."""
         try:
-            return parse_counters(self._sent("GET", self.urls[0], "/metrics", None).text)
-        except _AwayError as error:
+            return parse_counters(self.get_text("/metrics"))
+        except ConnectionError as error:
             raise ValueError(f"{self.name} gives no /metrics ({error}): is it running?") from error
         except ServerRefusedError as error:
             raise ValueError(f"{self.name} gives no /metrics: {error}") from error
@@ -130,20 +124,13 @@ class MeasuredServer(ServerClient):
 
         ConnectionError when the server goes away, ServerRefusedError for what it declines or gives up.
         """
-        try:
-            timeout = (min(_CONNECT_SECONDS, self.timeout), self.timeout)
-            address = self.urls[0] + path
-            with _unreachable(), self._session.post(address, json=payload, stream=True, timeout=timeout) as response:
-                if response.status_code >= 400:
-                    raise ServerRefusedError(_message(response), status=response.status_code)
-                yield from _chunks(response)
-        except _AwayError as error:
-            raise ConnectionError(str(error)) from error
+        with closing(self.lines(path, payload)) as lines:
+            yield from _chunks(lines)
 
 
-def _chunks(response: requests.Response) -> Iterator[dict[str, Any]]:
+def _chunks(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """Events of a stream; ServerRefusedError for the one in which a server says that it gives up."""
-    for line in response.iter_lines():
+    for line in lines:
         if line.startswith(_DATA) and line != _DATA + _END:
             chunk = json.loads(line.removeprefix(_DATA))
             if "error" in chunk:

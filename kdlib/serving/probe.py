@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from kdlib.head import Head
-from kdlib.serving.client import Served, ServerRefusedError
+from kdlib.serving.client import Served
+from kdlib.serving.errors import ServerRefusedError
 from kdlib.serving.scoring import BadRow, Listed, Row, Scorer
 
 _ROW = Row(tokens=list(range(8)), wanted=list(range(7)))

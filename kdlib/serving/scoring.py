@@ -13,8 +13,9 @@ import requests
 import torch
 from torch import Tensor
 
-from kdlib.serving.client import ServerClient, ServerFailedError
+from kdlib.serving.client import ServerClient
 from kdlib.serving.engine import last_hidden, prompt_logprobs
+from kdlib.serving.errors import ServerFailedError
 
 if TYPE_CHECKING:
     from vllm import LLM

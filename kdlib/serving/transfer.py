@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdlib.serving.client import ServerClient, ServerRefusedError
+from kdlib.serving.client import ServerClient
+from kdlib.serving.errors import ServerRefusedError
 
 if TYPE_CHECKING:
     from trl.generation.vllm_client import VLLMClient

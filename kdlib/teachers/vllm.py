@@ -15,9 +15,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from kdlib.data.positions import teacher_inputs
 from kdlib.head import Head
 from kdlib.models import load_tokenizer
-from kdlib.serving.client import BadRowsError, Served, ServerClient, is_url
+from kdlib.serving.client import Served, ServerClient, is_url
 from kdlib.serving.command import batched_tokens, serve_command
 from kdlib.serving.engine import start_engine, stop_engine
+from kdlib.serving.errors import BadRowsError
 from kdlib.serving.head import checkpoint_head
 from kdlib.serving.probe import check_hidden, check_logprobs, chosen, gives_hidden
 from kdlib.serving.scoring import BadRow, EngineScorer, Listed, Row, Scorer, ServerScorer

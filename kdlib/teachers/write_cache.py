@@ -21,7 +21,7 @@ from kdlib.data.collate import DistillationCollator
 from kdlib.data.keys import draw_key
 from kdlib.data.positions import causal_positions
 from kdlib.kernels.outcomes import top_k
-from kdlib.serving.client import BadRowsError
+from kdlib.serving.errors import BadRowsError
 from kdlib.teachers.vllm import VLLMTeacher
 from kdlib.tokenizers.identity import Tool, template_fingerprint, tokenizer_fingerprint
 from kdlib.types import LogProbs, Support, Teacher, TeacherSignal

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from kdlib.data import Prepared
 from kdlib.data.draft import UNSCORED
 from kdlib.drafts import formats
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_feature_layers
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config, check_feature_layers
 from kdlib.drafts.vocabulary import DraftVocabulary, draft_vocabulary
 from kdlib.head import Head
 from kdlib.kernels import linear_objective

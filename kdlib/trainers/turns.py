@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data.chat import ChatFormat
+from kdlib.models import eos_ids
 
 logger = logging.getLogger("kdlib.rollouts")
 
@@ -23,7 +24,7 @@ def stop_ids(
 
     Raises ValueError when there is none, because every completion would run to the limit.
     """
-    found = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs)]
+    found = [*eos_ids(given), tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs)]
     ids = tuple(sorted({i for i in found if i is not None}))
     if not ids:
         raise ValueError("the model has no token that ends a turn: set eos_token_id in its generation_config.json")

@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
+from kdlib.cli.draft import DraftArguments, MeasureArguments
 from kdlib.cli.help import docs, nested, shown_default
 from kdlib.cli.names import LEFT_OUT, RENAMED
 from kdlib.cli.run_directory import COMMAND, FREE
 from kdlib.cli.scoring import ScoringArguments
 from kdlib.trainers.config import DistillationConfig
 
-PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) ?\| .+ \|$", PAGE, flags=re.MULTILINE))
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "configuration.md").read_text(encoding="utf-8")
+
+
+def rows(page: str) -> dict[str, str]:
+    """{option: default} of a page's tables."""
+    return dict(re.findall(r"^\| `([\w.]+)` \| (.*?) ?\| .+ \|$", page, flags=re.MULTILINE))
+
+
+ROWS = rows(PAGE)
 
 
 @pytest.mark.parametrize("cls", [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig])
@@ -27,6 +36,13 @@ def test_options_and_defaults_are_those_of_the_code(cls: type) -> None:
     for name, part in nested(cls).items():
         for key in docs(part):
             assert ROWS.get(f"{name}.{key}") == shown_default(part, key), f"{name}.{key}"
+
+
+def test_options_of_drafts_are_on_their_page() -> None:
+    found = rows((DOCS / "draft.md").read_text(encoding="utf-8"))
+    assert found["reference"] == shown_default(DraftArguments, "reference")
+    for key in docs(MeasureArguments):
+        assert found[f"evaluate.{key}"] == shown_default(MeasureArguments, key), key
 
 
 def test_names_of_others_are_those_that_the_command_knows() -> None:

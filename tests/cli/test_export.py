@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from kdlib.cli.main import main
 from kdlib.drafts import formats
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config
 from tests.cli.conftest import Command, Outcome
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -34,6 +34,8 @@ def prompts_of(*rows: dict[str, Any], template: str | None = PLAIN_TEMPLATE, **o
         ({"messages": [USER, ANSWER]}, [USER]),
         ({"messages": [USER, ANSWER, USER]}, [USER, ANSWER, USER]),
         ({"messages": [USER, ANSWER, USER, ANSWER]}, [USER, ANSWER, USER]),
+        ({"turns": [USER["content"], "And green?"]}, [USER]),
+        ({"turns": ["not this"], "question": USER["content"]}, [USER]),
     ],
 )
 def test_what_is_asked(row: dict[str, Any], asked: list[dict[str, str]]) -> None:

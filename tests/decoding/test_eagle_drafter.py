@@ -11,7 +11,8 @@ from torch import Tensor
 from kdlib.decoding.drafters import Drafter
 from kdlib.decoding.eagle_drafter import EagleDrafter
 from kdlib.decoding.speculative import speculative_generate
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config
 from kdlib.drafts.vocabulary import draft_vocabulary
 from kdlib.head import Head
 from tests.tiny import tiny_llama

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft, check_feature_layers, default_feature_layers
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config, check_feature_layers, default_feature_layers
 from kdlib.drafts.vocabulary import draft_vocabulary
 from kdlib.head import Head
 from kdlib.models import hidden_states

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from kdlib.decoding.speculative import speculative_generate
 from kdlib.drafts import formats
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config
 from kdlib.drafts.export import RECORD, export_draft, export_head, fit_vocabulary, written_whole
 from tests.tiny import tiny_llama, tiny_tokenizer
 

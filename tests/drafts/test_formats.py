@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config
 from kdlib.drafts.formats import is_head, load, serve_command, write
 from kdlib.drafts.vocabulary import draft_vocabulary
 from kdlib.head import Head

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 
 from kdlib.data.features import write_features
 from kdlib.drafts import formats
-from kdlib.drafts.eagle3 import Eagle3Config, Eagle3Draft
+from kdlib.drafts.eagle3 import Eagle3Draft
+from kdlib.drafts.eagle3_config import Eagle3Config
 from kdlib.drafts.vocabulary import draft_vocabulary
 from kdlib.head import Head
 from kdlib.objectives import CrossEntropy, ForwardKL, ReverseKL, Sum

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Asked = str | list[Message]  # a raw text, or the messages before the answer
-COLUMNS = ("prompt", "messages", "question")  # the first that a dataset has
+COLUMNS = ("prompt", "messages", "question", "turns")  # the first that a dataset has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ class Prompts:
 
     def __getitem__(self, number: int) -> Prompt:
         row = self.rows[self._index[number]]
-        asked = _asked(row, wrap=self.chat_wrapped)
-        return Prompt(prompt_id=self.prompt_ids[number], ids=self._ids[number].tolist(), asked=asked, row=row)
+        ids = self._ids[number].tolist()
+        return Prompt(prompt_id=self.prompt_ids[number], ids=ids, asked=asked(row, wrap=self.chat_wrapped), row=row)
 
     @property
     def fingerprint(self) -> str:
@@ -95,14 +95,14 @@ def read_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Sequence[Tool] | None = None,
 ) -> Prompts:
-    """The prompts of ``rows``: a ``prompt`` (text or messages), ``messages`` up to the last answer, or a ``question``.
+    """The prompts of ``rows``, each that of its ``COLUMNS`` (``asked``).
 
     longest: more tokens than this are skipped. apply_chat_template: put texts into a user turn; None does so where the
     tokenizer has a template. Rows may bring their own ``tools`` and ``chat_template_kwargs``. Raises ValueError for other
     columns, for messages without a template, and when no row has a usable prompt.
     """
     wrap = tokenizer.chat_template is not None if apply_chat_template is None else apply_chat_template
-    _check_columns(rows, tokenizer, wrap=wrap)
+    _check_template(rows, tokenizer, wrap=wrap)
     chat = ChatFormat(tokenizer=tokenizer, template_kwargs=chat_template_kwargs or {}, tools=tool_schemas(tools))
     prompts, first = Prompts(rows=rows, chat_wrapped=wrap), 0
     for columns in rows.iter(batch_size=1000):
@@ -119,38 +119,52 @@ def read_prompts(
     return prompts
 
 
-def _check_columns(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, wrap: bool) -> None:
-    column = next((name for name in COLUMNS if name in rows.column_names), None)
+def prompt_column(rows: Dataset, *, name: str = "the dataset") -> str:
+    """The column that prompts are read from; ValueError, which calls the rows ``name``, when there is none."""
+    column = next((column for column in COLUMNS if column in rows.column_names), None)
     if column is None:
         raise ValueError(
-            f"the dataset has the columns {', '.join(sorted(rows.column_names))}: "
-            "rename one to `prompt`, `messages` or `question`"
+            f"{name} has the columns {', '.join(sorted(rows.column_names))}: rename one to `prompt`, `messages` or `question`"
         )
-    if tokenizer.chat_template is None and (wrap or not isinstance(rows[0][column], str)):
-        raise ValueError(
-            "the tokenizer has no chat template: give a model that has one, or prompts as text with --apply_chat_template false"
-        )
+    return column
 
 
-def _asked(row: Mapping[str, Any], *, wrap: bool) -> Asked:
-    """The row's prompt before it is rendered; BadRowError when it has none."""
+def asked(row: Mapping[str, Any], *, wrap: bool = False) -> Asked:
+    """The row's prompt before it is rendered; BadRowError when it has none.
+
+    It is ``prompt`` (text or messages), ``messages`` up to the last answer, ``question``, or the first of a conversation's
+    ``turns``. wrap: a text becomes a user turn.
+    """
     name = next(name for name in COLUMNS if name in row)
-    value = row[name]
+    value = _value(row, name)
     if value is None or not value or (isinstance(value, str) and not value.strip()):
         raise BadRowError("an empty prompt", fix="fill it in")
     if isinstance(value, str):
         return [{"role": "user", "content": value}] if wrap else value
     messages = chat_messages(value)
-    asked = messages[:-1] if name == "messages" and messages[-1]["role"] == "assistant" else messages
-    if not asked:
+    before = messages[:-1] if name == "messages" and messages[-1]["role"] == "assistant" else messages
+    if not before:
         raise BadRowError("a conversation that starts with its answer", fix="put a user turn before it")
-    return asked
+    return before
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    value = row[column]
+    return value[0] if column == "turns" and isinstance(value, list) and value else value
+
+
+def _check_template(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, wrap: bool) -> None:
+    column = prompt_column(rows)
+    if tokenizer.chat_template is None and (wrap or not isinstance(_value(rows[0], column), str)):
+        raise ValueError(
+            "the tokenizer has no chat template: give a model that has one, or prompts as text with --apply_chat_template false"
+        )
 
 
 def _drafted(row: Mapping[str, Any], chat: ChatFormat, *, wrap: bool) -> Draft | BadRowError:
     own = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
     try:
-        return draft_row({"prompt": _asked(row, wrap=wrap), **own}, "prompt", chat, True)
+        return draft_row({"prompt": asked(row, wrap=wrap), **own}, "prompt", chat, True)
     except BadRowError as problem:
         return problem
 
