@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from kdlib.cli.env import machine_line
 from kdlib.decoding import generate
 from kdlib.decoding.speculative import SpeculativeOutput, speculative_generate
 from kdlib.drafts import pruned
 from kdlib.eval.costs import measure_costs
 from kdlib.eval.losslessness import check_greedy, check_sampling
 from kdlib.eval.speedup import speedup
-from kdlib.files import write_whole
 from kdlib.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,23 +236,21 @@ NOTES = {
 }
 
 
-def report(tables: dict[str, Rows], sizes: dict[str, Any]) -> str:
+TITLE = "Speculative decoding: exact, and as fast as its model says"
+
+
+def parts(tables: dict[str, Rows], sizes: dict[str, Any]) -> list[str]:
+    """The paragraphs and tables of the page."""
     timed = f"{sizes['timed']} questions, {sizes['timed_new']} tokens each, for the clock"
-    lines = [
-        "# Speculative decoding: exact, and as fast as its model says",
-        "",
-        f"Command: `OMP_NUM_THREADS=1 python benchmarks/speculative.py {' '.join(sys.argv[1:])}`",
-        "",
-        "Target: the 4.2M-parameter GSM8K model (4 layers, V = 4096), float32. A pruned draft is the target's first layers,",
-        f"untrained. The {sizes['layers']}-layer target is the same function: output projections of its added layers are zero.",
-        f"{sizes['prompts']} GSM8K test questions, {sizes['new']} new tokens each, gamma {GAMMA}; {timed}.",
-        "",
+    lead = (
+        "Target: the 4.2M-parameter GSM8K model (4 layers, V = 4096), float32, one thread. A pruned draft is the target's "
+        f"first layers, untrained. The {sizes['layers']}-layer target is the same function: output projections of its added "
+        f"layers are zero. {sizes['prompts']} GSM8K test questions, {sizes['new']} new tokens each, gamma {GAMMA}; {timed}."
+    )
+    return [
+        lead,
+        *(part for name, rows in tables.items() for part in (f"## {name}", NOTES[name], markdown_table(TABLES[name], rows))),
     ]
-    for name, rows in tables.items():
-        head = TABLES[name]
-        lines += [f"## {name}", "", NOTES[name], "", "| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
-    return "\n".join([*lines, machine_line(), ""])
 
 
 def main() -> None:
@@ -275,20 +271,22 @@ def main() -> None:
     deep, small = deeper(target, sizes["layers"]), f"{target.config.num_hidden_layers} layers"
     pairs = {("4 layers", name): (target, draft) for name, draft in (trained or cut).items()}
     pairs |= {(f"{sizes['layers']} layers", name): (deep, draft) for name, draft in {small: target, **cut, **trained}.items()}
-    parts: dict[str, Callable[[], Rows]] = {
+    made: dict[str, Callable[[], Rows]] = {
         "Greedy tokens": lambda: greedy_table(target, {**garbage, **cut, **trained}, prompts, sizes),
         "Sampled tokens": lambda: sampling_table(target, trained or cut, prompts, sizes),
         "The clock": lambda: clock_table(pairs, prompts[: sizes["timed"]], sizes),
     }
     tables: dict[str, Rows] = {}
-    for name, part in parts.items():
+    for name, part in made.items():
         tables[name] = part()
         shown = Table(*TABLES[name], title=name)
         for row in tables[name]:
             shown.add_row(*row)
         Console().print(shown)
     if arguments.output:
-        write_whole(arguments.output, report(tables, sizes))
+        write_results(
+            arguments.output, title="Speculative decoding: exact, and as fast as its model says", parts=parts(tables, sizes)
+        )
 
 
 if __name__ == "__main__":

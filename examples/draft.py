@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from kdlib import DistillationConfig, DraftTrainer, LKHybrid
 from kdlib.data import load_rows
-from kdlib.drafts.export import export_draft
-from kdlib.drafts.prune import pruned
+from kdlib.drafts import export_draft, pruned
 from kdlib.eval import acceptance
 from kdlib.models import load_model, load_tokenizer
 
@@ -37,7 +36,8 @@ def main() -> None:
     after = acceptance(TARGET, "runs/gsm8k-pruned/final", prompts, tokenizer=tokenizer, gamma=4)
     for name, found in (("pruned", before), ("trained", after)):
         print(name, "acceptance length", found.empirical[0].acceptance_length)
-    print(export_draft("runs/gsm8k-pruned/final", TARGET, "runs/gsm8k-pruned/vllm", num_speculative_tokens=4))
+    made = export_draft("runs/gsm8k-pruned/final", "runs/gsm8k-pruned/vllm", target=TARGET, num_speculative_tokens=4)
+    print(made.serve)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from kdlib.kernels import row_values
 from kdlib.models import check_head, evaluating, load_model
 from kdlib.objectives import SelectiveKL
 from kdlib.objectives.selective import check_reference, potential, threshold
-from kdlib.trainers.distillation import Batch, DistillationTrainer
+from kdlib.trainers.distillation import AWAY, Batch, DistillationTrainer
 from kdlib.types import Positions
 
 
@@ -80,11 +80,17 @@ class DraftTrainer(DistillationTrainer):
         return [_kept(batch, delta >= least, share=share) for batch, delta in zip(batches, deltas, strict=True)]
 
     def _with_signals(self, batches: list[Batch]) -> list[Batch]:
-        """The target is asked once: the choice and the loss read the same signal."""
+        """The target is asked once, for choice and loss; all ranks stop where one has lost it."""
         with self._watch.part("teacher"):
-            if self.teacher_signals.served:
-                return self.teacher_signals.all_of(batches)
-            return [batch if "signals" in batch else {**batch, "signals": self.teacher_signals(batch)} for batch in batches]
+            if not self.teacher_signals.served:
+                return [b if "signals" in b else {**b, "signals": self.teacher_signals(b)} for b in batches]
+            failure: Exception | None = None
+            try:
+                batches = self.teacher_signals.all_of(batches)
+            except AWAY as error:
+                failure = error
+        self._stop_if_away(failure, self.accelerator.device)  # before the choice, for which all ranks wait
+        return batches
 
     @torch.no_grad()
     def _potential(self, batch: Batch) -> Tensor:

@@ -103,9 +103,12 @@ def test_distill_names_the_command_that_selects(kdlib: Command, options: dict[st
     assert outcome.code == 2 and "kdlib draft" in outcome.err
 
 
-@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("draft")])
-def test_every_recipe_is_a_configuration_that_parses(name: str) -> None:
-    options = parse("draft", "", DraftRun.classes(), ["--config", str(recipes()[name])])
-    assert options is not None and options.config["evaluate"]["num_speculative_tokens"] == [2, 3, 5]
+FILES = [path for name, path in recipes().items() if name.startswith("draft")]
+
+
+@pytest.mark.parametrize("file", [*FILES, Path(__file__).parents[2] / "examples" / "draft.yaml"], ids=lambda file: file.stem)
+def test_every_recipe_is_a_configuration_that_parses(file: Path) -> None:
+    options = parse("draft", "", DraftRun.classes(), ["--config", str(file)])
+    assert options is not None and options.config["output_dir"].startswith("runs/")
     DraftRun.check(options)
     DraftRun(options, words=[], quiet=True)

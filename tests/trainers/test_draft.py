@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from kdlib.objectives import ForwardKL, ReverseKL, SelectiveKL, Sum
+from kdlib.serving import ServerAwayError
+from kdlib.teachers import HFTeacher
 from kdlib.trainers import DraftTrainer
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainers.small import ROWS, TEXTS, V, logged, settings, trainer_of
@@ -23,7 +25,7 @@ def draft_trainer(directory: Path, *, objective: Any, config: dict[str, Any] | N
         "processing_class": tiny_tokenizer(),
         **given,
     }
-    target = tiny_llama(V, seed=1)
+    target = arguments.pop("target", tiny_llama(V, seed=1))
     return DraftTrainer(tiny_llama(V), target, objective=objective, args=settings(directory, **(config or {})), **arguments)
 
 
@@ -101,6 +103,25 @@ def test_rollouts_count_for_who_writes_them(tmp_path: Path, source: str) -> None
     assert 4 <= written <= 20
     assert logged(trainer, "draft_tokens") == [seen + written * (source == "student")]
     assert logged(trainer, "target_tokens") == [seen + written * (source == "teacher")]
+
+
+def test_a_target_that_went_away_stops_the_run_before_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(HFTeacher):
+        """A teacher that is served until its second answer."""
+
+        answers = 0
+
+        def signal(self, *arguments: Any, **keywords: Any) -> Any:
+            self.answers += 1
+            if self.answers > 1:
+                raise ServerAwayError("gone")
+            return super().signal(*arguments, **keywords)
+
+    monkeypatch.setattr("kdlib.trainers.scoring.VLLMTeacher", Away)
+    trainer = draft_trainer(tmp_path, objective=SelectiveKL(), config={"max_steps": 3}, target=Away(tiny_llama(V, seed=1)))
+    with pytest.raises(ServerAwayError, match="gone"):
+        trainer.train()
+    assert len(logged(trainer)) == 1 and (tmp_path / "checkpoint-1").is_dir()
 
 
 class TestRefusals:
