@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdlib.data import load_rows
-from kdlib.eval import acceptance
+from kdlib.eval import AcceptanceResult, acceptance
 from kdlib.files import write_whole
 from kdlib.models import load_model, load_tokenizer
 
@@ -130,43 +130,39 @@ def draft_tokens(final: Path) -> float:
 class Measure:
     """Acceptance of drafts on the same test questions, with the target's answers sampled once."""
 
-    def __init__(self, rows: Path, *, limit: int) -> None:
+    def __init__(self, rows: Path, *, limit: int, decoded: int) -> None:
+        self.decoded = decoded
         self.tokenizer, self.target = load_tokenizer(str(TARGET)), load_model(str(TARGET))
         self.rows = load_rows(str(rows)).select(range(limit))
         self.responses: dict[float, list[list[int]]] = {}
 
     def __call__(self, draft: Path) -> dict[str, float]:
         """The scores of a draft, measured once and kept beside it."""
-        kept = draft.parent / f"measured-{len(self.rows)}.json"
+        kept = draft.parent / f"measured-{len(self.rows)}-{self.decoded}.json"
         if not kept.is_file():
             write_whole(kept, json.dumps(self.measured(draft)))
         return json.loads(kept.read_text())
 
     def measured(self, draft: Path) -> dict[str, float]:
+        """Expected acceptance on all questions, acceptance length (much slower) on the first ``self.decoded``."""
         found: dict[str, float] = {}
-        for temperature, ways in ((0.0, ("greedy",)), (1.0, ("probabilistic",))):
-            one = acceptance(
-                self.target,
-                str(draft),
-                self.rows,
-                tokenizer=self.tokenizer,
-                gamma=GAMMA,
-                temperature=temperature,
-                max_new_tokens=NEW_TOKENS,
-                batch_size=64,
-                draft_sampling=ways,
-                checks=False,
-                timing=False,
-                resamples=200,
-                responses=self.responses.get(temperature),
-            )
-            self.responses[temperature] = one.responses
-            found[f"alpha {temperature}"] = one.expected[ways[0]].acceptance_rate.value
-            found[f"tau {temperature}"] = one.empirical[0].acceptance_length.value
-            found[f"accepted {temperature}"] = one.empirical[0].acceptance_length.value - 1.0
+        for temperature, way in ((0.0, "greedy"), (1.0, "probabilistic")):
+            answers = self.responses.get(temperature)
+            whole = self.run(draft, self.rows, temperature=temperature, responses=answers)
+            self.responses[temperature] = whole.responses
+            some, answers = self.rows.select(range(self.decoded)), whole.responses[: self.decoded]
+            counted = self.run(draft, some, temperature=temperature, responses=answers, draft_sampling=(way,)).empirical[0]
+            found[f"alpha {temperature}"] = whole.expected[way].acceptance_rate.value
+            found[f"tau {temperature}"] = counted.acceptance_length.value
+            found[f"accepted {temperature}"] = counted.acceptance_length.value - 1.0
             if temperature > 0:
-                found["alpha greedy draft"] = one.expected["greedy"].acceptance_rate.value
+                found["alpha greedy draft"] = whole.expected["greedy"].acceptance_rate.value
         return found
+
+    def run(self, draft: Path, rows: Any, **options: Any) -> AcceptanceResult:
+        fixed = {"gamma": GAMMA, "max_new_tokens": NEW_TOKENS, "batch_size": 32, "resamples": 100}
+        settings = {"draft_sampling": (), "checks": False, "timing": False, **fixed, **options}
+        return acceptance(self.target, str(draft), rows, tokenizer=self.tokenizer, **settings)
 
 
 COLUMNS = {
@@ -204,7 +200,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160, help="of a method that reads each row once")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--train_only", action="store_true", help="measure nothing: several seeds may train side by side")
-    parser.add_argument("--prompts", type=int, default=64, help="test questions")
+    parser.add_argument("--prompts", type=int, default=48, help="test questions")
+    parser.add_argument("--decoded", type=int, default=24, help="how many of them are decoded speculatively")
     parser.add_argument("--runs", default="runs/drafts", help="where the drafts are kept")
     parser.add_argument("--output", help="write the table as Markdown to this file")
     parser.add_argument("--quick", action="store_true", help="a few steps and rows")
@@ -215,8 +212,8 @@ def main() -> None:
     subprocess.run([sys.executable, "examples/gsm8k_rows.py", str(DATA), str(runs / "rows")], cwd=ROOT, check=True)
     gold = runs / "rows" / "train.jsonl"
     if arguments.quick:
-        arguments.sft_steps, arguments.steps, arguments.prompts, arguments.seeds = 3, 2, 4, [0]
-        arguments.methods = ["forward KL, target's answers", "AdaSPEC, 0.4"]
+        arguments.sft_steps, arguments.steps, arguments.seeds = 3, 2, [0]
+        arguments.prompts, arguments.decoded, arguments.methods = 4, 2, ["AdaSPEC, 0.4"]
         gold = runs / "rows" / "few.jsonl"
         gold.write_text("".join((runs / "rows" / "train.jsonl").read_text().splitlines(keepends=True)[:48]))
     data = {"gold": gold, "target": answers_of_the_target(runs, gold)}
@@ -224,7 +221,7 @@ def main() -> None:
         for seed in arguments.seeds:
             train(runs, data, arguments, seed=seed)
         return
-    measure = Measure(runs / "rows" / "test.jsonl", limit=arguments.prompts)
+    measure = Measure(runs / "rows" / "test.jsonl", limit=arguments.prompts, decoded=arguments.decoded)
     found: dict[str, list[dict[str, float]]] = {}
     for seed in arguments.seeds:
         for name, final in train(runs, data, arguments, seed=seed).items():
@@ -247,8 +244,9 @@ def main() -> None:
 def parts(head: list[str], rows: list[list[str]], arguments: argparse.Namespace) -> list[str]:
     threads = os.environ.get("OMP_NUM_THREADS", "unset")
     return [
-        f"Mean ± standard deviation over seeds {arguments.seeds}; {arguments.prompts} test questions of GSM8K, answers of up "
-        f"to {NEW_TOKENS} tokens; OMP_NUM_THREADS={threads}.",
+        f"Mean ± standard deviation over seeds {arguments.seeds}; acceptance on the target's answers (up to {NEW_TOKENS} "
+        f"tokens) to {arguments.prompts} test questions of GSM8K, acceptance length on the first {arguments.decoded}; "
+        f"OMP_NUM_THREADS={threads}.",
         f"Target: a 4.2M-parameter Llama trained on GSM8K. Drafts: 0.6M parameters ({SHAPE}), new weights, fine-tuned for "
         f"{arguments.sft_steps} steps of {SFT_ROWS} rows on the dataset's answers (`{START}`). Every other line goes on from "
         f"there with learning rate {arguments.learning_rate}, until the draft has read and written about as many tokens as "
