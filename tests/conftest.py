@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # Read when the libraries are imported, so set before any test module is.
@@ -17,3 +19,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The same examples in every run: a failure then belongs to the change that shows it.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+_ENVIRONMENT = os.environ
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """``Dataset.map`` in several processes leaves a copy in the place of os.environ; rich goes on reading the first one."""
+    os.environ = _ENVIRONMENT  # noqa: B003, the object itself comes back
+    yield
+    os.environ = _ENVIRONMENT  # noqa: B003, the object itself comes back
