@@ -26,6 +26,7 @@ from kdlib.data import load_rows
 from kdlib.eval import AcceptanceResult, acceptance
 from kdlib.files import write_whole
 from kdlib.models import load_model, load_tokenizer
+from runs import trained
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, TARGET = ROOT / "../shared/data/gsm8k", ROOT / "../shared/models/gsm8k-lm"
@@ -53,32 +54,6 @@ METHODS: dict[str, Method] = {
 START = "SFT"
 
 
-def command(name: str, output: Path, **options: Any) -> Path:
-    """The ``final`` of a run of the real command; a finished one is left alone."""
-    if (output / "final").is_dir():
-        return output / "final"
-    words = [
-        word for key, value in options.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
-    call = [
-        sys.executable,
-        "-m",
-        "kdlib",
-        name,
-        *words,
-        "--output_dir",
-        str(output),
-        "--use_cpu",
-        "true",
-        "--disable_tqdm",
-        "true",
-    ]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(call)}\n{done.stderr[-3000:]}")
-    return output / "final"
-
-
 def answers_of_the_target(runs: Path, rows: Path) -> Path:
     """One answer of the target to each training question, sampled at temperature 1; left alone when it is there."""
     traces = runs / "target"
@@ -104,7 +79,7 @@ def train(runs: Path, data: dict[str, Path], arguments: argparse.Namespace, *, s
     }
     sft = {"model": str(TARGET), "from_scratch": True, "config_overrides": SHAPE, "objective": "CrossEntropy"}
     sft |= {"dataset_name": str(data["gold"]), "max_steps": arguments.sft_steps, "learning_rate": 4e-3}
-    found = {START: command("distill", runs / f"{seed}-sft", **sft, **common)}
+    found = {START: trained("distill", runs / f"{seed}-sft", **sft, **common)}
     common |= {"model": str(found[START]), "teacher": str(TARGET), "learning_rate": arguments.learning_rate}
     common["per_device_train_batch_size"] = ROWS
     common["evaluate.limit"] = 0
@@ -116,8 +91,8 @@ def train(runs: Path, data: dict[str, Path], arguments: argparse.Namespace, *, s
         run = runs / f"{seed}-{''.join(c if c.isalnum() else '-' for c in name)}"
         if options.pop("reference", False):
             reference = {**options, "objective": "ForwardKL", "max_steps": steps}
-            options["reference"] = str(command("draft", Path(f"{run}-reference"), **common, **reference))
-        found[name] = command("draft", run, **common, **options, max_steps=steps)
+            options["reference"] = str(trained("draft", Path(f"{run}-reference"), **common, **reference))
+        found[name] = trained("draft", run, **common, **options, max_steps=steps)
     return found
 
 

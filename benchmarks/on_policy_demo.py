@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,6 +27,7 @@ from kdlib.eval import evaluate
 from kdlib.eval.arithmetic_task import TASK
 from kdlib.eval.results import summary_rows
 from kdlib.files import write_whole
+from runs import trained
 
 START_STEPS, STEPS, LEARNING_RATE = 400, 800, 2e-3
 ROLLOUT = {"on_policy_fraction": 1.0, "max_completion_length": 96}
@@ -40,18 +39,6 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 BASELINE = "off-policy, forward KL"
 FAULTLESS = "off-policy, forward KL, rows without slips"
-
-
-def distill(output: Path, **options: Any) -> Path:
-    """The ``final`` of a run of the real command; a finished one is left alone."""
-    if (output / "final").is_dir():
-        return output / "final"
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "kdlib", "distill", *words, "--output_dir", str(output), "--use_cpu", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return output / "final"
 
 
 def scored_tokens(run: Path) -> int:
@@ -77,9 +64,10 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
     common = {"seed": seed, **settings("student", quick=quick), "learning_rate": LEARNING_RATE, "logging_steps": 1}
     common["max_steps"] = 2 if quick else STEPS
     blank = {"model": root / "blank-teacher", "dataset_name": root / "teacher_train.jsonl", "objective": "CrossEntropy"}
-    teacher = distill(root / "teacher", **blank, seed=seed, **settings("teacher", quick=quick))
+    teacher = trained("distill", root / "teacher", **blank, seed=seed, **settings("teacher", quick=quick))
     rows = {"teacher": teacher, "dataset_name": root / "train.jsonl"}
-    start = distill(
+    start = trained(
+        "distill",
         root / "start",
         model=root / "student",
         objective="ForwardKL",
@@ -90,7 +78,7 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
     found = {"teacher": (accuracy(teacher, root, limit=limit), 0), "start": (accuracy(start, root, limit=limit), 0)}
     for name, options in FURTHER.items():
         run = root / name.replace(" ", "_").replace(",", "").replace(":", "-").replace("'", "")
-        final = distill(run, model=start, **rows, **common, **options)
+        final = trained("distill", run, model=start, **rows, **common, **options)
         found[name] = (accuracy(final, root, limit=limit), scored_tokens(run))
     budget = max(found[name][1] for name in FURTHER)
     common["max_steps"] = math.ceil(
@@ -98,7 +86,7 @@ def one_seed(root: Path, *, seed: int, quick: bool) -> dict[str, tuple[float, in
     )
     for name, data in ((BASELINE, root / "train.jsonl"), (FAULTLESS, faultless(root, seed=seed))):
         run = root / ("off-policy" if name == BASELINE else "off-policy-faultless")
-        final = distill(run, model=start, **{**rows, "dataset_name": data}, **common, objective="ForwardKL")
+        final = trained("distill", run, model=start, **{**rows, "dataset_name": data}, **common, objective="ForwardKL")
         found[name] = (accuracy(final, root, limit=limit), scored_tokens(run))
     return found
 

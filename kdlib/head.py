@@ -66,6 +66,14 @@ class Head:
         logits = projected if self.scale == 1.0 else projected * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def to(self, device: torch.device) -> Head:
+        """The head on ``device``; itself when it is there."""
+        if self.weight.device == device:
+            return self
+        lora = None if self.lora is None else (self.lora[0].to(device), self.lora[1].to(device), self.lora[2])
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, lora=lora)
+
     def sliced(self, vocab_size: int) -> Head:
         """The head of the first ``vocab_size`` entries; itself when it has no more than these."""
         if vocab_size >= self.out_features:

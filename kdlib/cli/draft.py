@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.arguments import LaunchArguments, RunArguments
 from kdlib.cli.parsing import Options
+from kdlib.cli.run_directory import Stage
 from kdlib.cli.train import Run
 from kdlib.objectives.selective import check_reference
 
@@ -81,6 +82,11 @@ class DraftRun(Run):
     def check(cls, options: Options) -> None:
         arguments, launch = options.build(DraftArguments), options.build(LaunchArguments)
         check_reference(arguments.objective, arguments.reference)
+        if arguments.reference is not None:
+            from kdlib.cli.draft_model import head_options
+
+            if head_options(arguments.model) is not None:
+                raise ValueError("an EAGLE-3 head has all rows scored by its target: leave out reference and SelectiveKL")
         several = launch.num_processes or launch.accelerate_config or int(os.environ.get("WORLD_SIZE", "1")) > 1
         if arguments.reference == TRAIN and several:
             here, asked = _reference_run(options.config["output_dir"])
@@ -99,9 +105,9 @@ class DraftRun(Run):
 
         return self.options.build(EagleConfig, **options)
 
-    def start(self, stage: Any) -> int:
+    def start(self, stage: Stage) -> int:
         """The exit code; the reference, where it is to be trained, comes first."""
-        if self.arguments.reference == TRAIN:
+        if self.arguments.reference == TRAIN and stage is not Stage.DONE:
             code = self._train_reference()
             if code:
                 return code

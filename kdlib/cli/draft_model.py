@@ -30,11 +30,9 @@ FORMS = "a path or Hub id, {prune: {layers: [...]}}, eagle3, {eagle3: {...}}, or
 
 def draft_tokenizer_source(model: Any, target: Any) -> str:
     """The path or Hub id beside which the draft's tokenizer lies: its own, or the target's."""
-    return (
-        model
-        if isinstance(model, str) and head_options(model) is None
-        else target_path(target, what="the draft is made from it")
-    )
+    if isinstance(model, str) and head_options(model) is None:
+        return model
+    return target_path(target, what="the draft is made from it")
 
 
 def target_path(target: Any, *, what: str) -> str:
@@ -69,18 +67,18 @@ def make_trainer(
 ) -> DistillationTrainer:
     """The trainer for the form of ``model``; ValueError for a form that is none."""
     if head_options(model) is not None:
-        return _eagle_trainer(head_path(model), target, reference=reference, given=given)
+        return _eagle_trainer(head_path(model), target, given=given)
     if isinstance(model, str):
         return DraftTrainer(model, target, reference=reference, **given)
     tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=given["args"].trust_remote_code)
     return DraftTrainer(_pruned(model, target, given["args"]), target, reference=reference, processing_class=tokenizer, **given)
 
 
-def _eagle_trainer(head: str | None, target: Any, *, reference: str | None, given: Mapping[str, Any]) -> DistillationTrainer:
+def _eagle_trainer(head: str | None, target: Any, *, given: Mapping[str, Any]) -> DistillationTrainer:
     from kdlib.trainers.eagle import EagleTrainer
 
-    if reference is not None or given["peft_config"] is not None or given["quantization_config"] is not None:
-        raise ValueError("an EAGLE-3 head is small and trained whole: leave out reference, use_peft and load_in_4bit or 8bit")
+    if given["peft_config"] is not None or given["quantization_config"] is not None:
+        raise ValueError("an EAGLE-3 head is small and trained whole: leave out use_peft and load_in_4bit or 8bit")
     return EagleTrainer(head, target, **given)
 
 

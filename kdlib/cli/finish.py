@@ -18,6 +18,8 @@ from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
 from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
+from kdlib.eval.acceptance_report import interval_text as estimate_text
+from kdlib.eval.acceptance_statistics import Estimate
 from kdlib.eval.page import Section
 from kdlib.eval.results import interval_text, summary_rows
 from kdlib.models import load_model, load_tokenizer
@@ -59,17 +61,11 @@ def acceptance_rows(directory: RunDirectory) -> list[list[str]]:
     return [
         [
             f"acceptance_length, {one['num_speculative_tokens']} speculative tokens, {one['draft_sample_method']} draft",
-            _estimate(one["acceptance_length"]),
+            estimate_text(Estimate(**one["acceptance_length"])),
             str(found["prompts"]),
         ]
         for one in found["empirical"]
     ]
-
-
-def _estimate(found: dict[str, float | None]) -> str:
-    """A value with its interval; one prompt has none."""
-    interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-    return f"{found['value']:.3f}{interval}"
 
 
 def summary_table(directory: RunDirectory) -> Table:

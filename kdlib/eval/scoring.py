@@ -59,30 +59,34 @@ def scored_chunks(
     for model in models:
         check_head(model, role="model")
     heads = [Head.of(model, vocab_size=vocab_size) for model in models]
-    lengths = [len(ids) for ids in dataset["input_ids"][:]]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=desc, unit="batch"):
-        picked = order[start : start + batch_size]
-        batch = dataset[picked]
-        labels = padded(batch["labels"], -100)
+    for picked, inputs, labels in padded_batches(dataset, batch_size=batch_size, desc=desc):
         scored = labels[:, 1:] != -100
-        inputs = {
-            "input_ids": padded(batch["input_ids"], 0),
-            "attention_mask": padded([[1] * len(ids) for ids in batch["input_ids"]], 0),
-        }
         hidden = [_last_hidden(model, inputs)[:, :-1][scored] for model in models]
-        row, target = torch.tensor(picked)[scored.nonzero()[:, 0]], labels[:, 1:][scored]
+        row, target = picked[scored.nonzero()[:, 0]], labels[:, 1:][scored]
         for chunk in (slice(i, i + CHUNK) for i in range(0, len(row), CHUNK)):
             logits = [head(states[chunk]) for head, states in zip(heads, hidden, strict=True)]
             device = logits[0].device
             yield ScoredChunk(row=row[chunk], target=target[chunk].to(device), logits=[z.to(device) for z in logits])
 
 
+def padded_batches(dataset: Dataset, *, batch_size: int, desc: str) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+    """(rows of the dataset [B], ``input_ids`` and ``attention_mask`` [B, S], labels [B, S]), longest rows first, on the CPU."""
+    lengths = [len(ids) for ids in dataset["input_ids"][:]]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batch"):
+        picked = order[start : start + batch_size]
+        batch = dataset[picked]
+        inputs = {
+            "input_ids": _padded(batch["input_ids"], 0),
+            "attention_mask": _padded([[1] * len(ids) for ids in batch["input_ids"]], 0),
+        }
+        yield torch.tensor(picked), inputs, _padded(batch["labels"], -100)
+
+
 def _last_hidden(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return hidden_states(model, {name: value.to(model.device) for name, value in inputs.items()})[0]
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """[B, S] int64, filled up on the right."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,10 +77,7 @@ class HFTeacher:
         return TeacherSignal(hidden=rows, head=self._head(device), features={k: v.to(device) for k, v in features.items()})
 
     def _head(self, device: torch.device) -> Head:
-        head = Head.of(self.model, vocab_size=self.vocab_size)
-        if head.weight.device == device:
-            return head
-        return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
+        return Head.of(self.model, vocab_size=self.vocab_size).to(device)
 
 
 def quantization(*, load_in_8bit: bool, load_in_4bit: bool) -> BitsAndBytesConfig | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -252,8 +252,7 @@ class VLLMTeacher:
         assert self._head is not None
         if device not in self._heads:
             head = self._head if self.vocab_size is None else self._head.sliced(self.vocab_size)
-            bias = None if head.bias is None else head.bias.to(device)
-            self._heads[device] = replace(head, weight=head.weight.to(device), bias=bias)
+            self._heads[device] = head.to(device)
         return self._heads[device]
 
     def _report(self, bad: Mapping[int, BadRow]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.kernels import row_values
 from kdlib.models import check_head, evaluating, load_model
 from kdlib.objectives import SelectiveKL
-from kdlib.objectives.selective import check_reference, potential, threshold
+from kdlib.objectives.selective import check_reference, potential, select, threshold
 from kdlib.trainers.distillation import AWAY, Batch, DistillationTrainer
 from kdlib.types import Positions
 
@@ -70,14 +70,14 @@ class DraftTrainer(DistillationTrainer):
         if self.reference is None:
             return batches
         batches = self._with_signals([{**batch, "positions": self.positions(batch)} for batch in batches])
-        deltas = [self._potential(batch) for batch in batches]
-        every = self._gathered(deltas)
+        losses = [self._row_losses(batch) for batch in batches]
+        every = self._gathered([potential(*pair) for pair in losses])
         if not len(every):
             return batches
         assert isinstance(self.objective, SelectiveKL)
         least = threshold(every, self.objective.fraction)
         share = float((every >= least).sum()) / len(every) if self.objective.normalize == "all" else None
-        return [_kept(batch, delta >= least, share=share) for batch, delta in zip(batches, deltas, strict=True)]
+        return [_kept(batch, select(*pair, least), share=share) for batch, pair in zip(batches, losses, strict=True)]
 
     def _with_signals(self, batches: list[Batch]) -> list[Batch]:
         """The target is asked once, for choice and loss; all ranks stop where one has lost it."""
@@ -93,17 +93,17 @@ class DraftTrainer(DistillationTrainer):
         return batches
 
     @torch.no_grad()
-    def _potential(self, batch: Batch) -> Tensor:
-        """delta [N] of a micro-batch's rows; nats."""
+    def _row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """KL(p || q) of draft and of reference at a micro-batch's rows [N]; nats."""
         positions, signal = batch["positions"]["distill"], batch["signals"]["distill"]
         draft = self.accelerator.unwrap_model(self.model)
         assert self.reference is not None and isinstance(self.objective, SelectiveKL)
         with evaluating(draft):
-            values = [
+            own, reference = (
                 row_values(self.student_signal(model, batch, positions), signal, self.objective)
                 for model in (draft, self.reference)
-            ]
-        return potential(*values)
+            )
+        return own, reference
 
     def _gathered(self, deltas: list[Tensor]) -> Tensor:
         """The delta of every rank's rows, which may be of different number."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,9 +38,7 @@ class StoredFeatures:
         pairs = zip(batch["sample_id"].tolist(), batch["input_ids"].cpu(), lengths, strict=True)
         read = [self.reader.read(sample, ids[:length]) for sample, ids, length in pairs]
         last, features = (_padded([x[i] for x in read], S).to(device) for i in (1, 0))
-        if self._head.weight.device != device:
-            bias = None if self._head.bias is None else self._head.bias.to(device)
-            self._head = replace(self._head, weight=self._head.weight.to(device), bias=bias)
+        self._head = self._head.to(device)
         head = self._head if self.vocab_size is None else self._head.sliced(self.vocab_size)
         places = {layer: features[:, :, i] for i, layer in enumerate(self.reader.meta.layers)}
         rows = last.flatten(0, 1).index_select(0, positions.index)

@@ -114,6 +114,6 @@ def test_rows_that_are_not_there_or_other_ones(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without CUDA")
 def test_vllm_extraction_needs_cuda() -> None:
     with pytest.raises(ValueError, match="needs CUDA"):
-        vllm_extraction([1, 2, 3], num_layers=4, storage="/tmp/states")
+        vllm_extraction([1, 2, 3], num_layers=4, storage="states")
     with pytest.raises(ValueError, match="distinct rising"):
-        vllm_extraction([1, 2, 2], num_layers=4, storage="/tmp/states")
+        vllm_extraction([1, 2, 2], num_layers=4, storage="states")

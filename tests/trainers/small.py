@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,12 @@ def saved(directory: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase 
     return str(directory)
 
 
-def settings(directory: Path, **options: Any) -> DistillationConfig:
+C = TypeVar("C", bound=DistillationConfig)
+
+
+def settings_of(config: type[C], directory: Path, **options: Any) -> C:
     """Four rows a step on CPU, every step logged, nothing saved unless ``options`` say otherwise."""
-    return DistillationConfig(
+    return config(
         **{
             "output_dir": str(directory),
             "use_cpu": True,
@@ -42,6 +45,10 @@ def settings(directory: Path, **options: Any) -> DistillationConfig:
             **options,
         }
     )
+
+
+def settings(directory: Path, **options: Any) -> DistillationConfig:
+    return settings_of(DistillationConfig, directory, **options)
 
 
 def trainer_of(directory: Path, *, rows: Any = ROWS, config: dict[str, Any] | None = None, **given: Any) -> DistillationTrainer:

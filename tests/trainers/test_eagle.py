@@ -23,7 +23,7 @@ from kdlib.head import Head
 from kdlib.objectives import CrossEntropy, ForwardKL, ReverseKL, Sum
 from kdlib.trainers.eagle import EagleConfig, EagleTrainer
 from tests.tiny import tiny_llama, tiny_tokenizer
-from tests.trainers.small import ROWS, Gradients, V, logged, saved
+from tests.trainers.small import ROWS, Gradients, V, logged, saved, settings_of
 
 DV, STEPS, DECAY = 60, 3, 0.5
 
@@ -42,21 +42,9 @@ def draft_of(model: Any, counts: Tensor | None = None, size: int = DV) -> Eagle3
 
 
 def trainer_of(directory: Path, *, config: dict[str, Any] | None = None, rows: Any = ROWS, **given: Any) -> EagleTrainer:
-    settings = {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "ttt_steps": STEPS,
-        "step_decay": DECAY,
-        **(config or {}),
-    }
+    args = settings_of(EagleConfig, directory, **{"ttt_steps": STEPS, "step_decay": DECAY, **(config or {})})
     given = {"teacher": target(), "processing_class": tiny_tokenizer(), **given}
-    return EagleTrainer(train_dataset=rows, args=EagleConfig(**settings), **given)
+    return EagleTrainer(train_dataset=rows, args=args, **given)
 
 
 def step_of_eight(directory: Path, **given: Any) -> tuple[EagleTrainer, dict[str, Tensor]]:

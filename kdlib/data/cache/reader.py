@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from kdlib.data.cache.codec import Signals, Stored
-from kdlib.data.cache.index import CacheIndex, Shard
+from kdlib.data.cache.index import CacheIndex
 
 _PER_TOKEN = ("ids", "ids_high", "logp", "rest")
 _BAR_DELAY = 2.0  # seconds; a check that is done sooner needs no bar
@@ -52,7 +52,7 @@ class CacheReader:
         bar = tqdm(self.index.shards, desc="Checking cache", unit="shard", delay=_BAR_DELAY, leave=False)
         for shard in bar:
             path = self.directory / shard.file
-            problem = size_problem(path, shard)
+            problem = size_problem(path, shard.bytes)
             if problem is None and verify and checksum(path) != shard.xxh3_128:
                 problem = "altered: its checksum differs"
             if problem is not None:
@@ -117,11 +117,12 @@ def _reordered(signals: Signals, *, order: NDArray) -> Signals:
     return Signals(ids=signals.ids[back], logp=signals.logp[back], rest=rest)
 
 
-def size_problem(path: Path, shard: Shard) -> str | None:
+def size_problem(path: Path, expected: int) -> str | None:
+    """What is wrong with a file of ``expected`` bytes, None when it has them."""
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
-    return None if size == shard.bytes else f"truncated or altered: {size} bytes instead of {shard.bytes}"
+    return None if size == expected else f"truncated or altered: {size} bytes instead of {expected}"
 
 
 def checksum(path: Path) -> str:

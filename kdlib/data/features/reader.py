@@ -39,7 +39,7 @@ class FeatureReader:
         of_target = FeatureShard(file=TARGET_FILE, rows=0, tokens=0, **content["target"])
         for shard in (*shards, of_target):
             path = self.directory / shard.file
-            problem = size_problem(path, shard)  # type: ignore[arg-type]
+            problem = size_problem(path, shard.bytes)
             if problem is None and verify and checksum(path) != shard.xxh3_128:
                 problem = "altered: its checksum differs"
             if problem is not None:

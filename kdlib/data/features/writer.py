@@ -66,7 +66,7 @@ def write_features(
         tokenizer.save_pretrained(directory)
     for number, shard in enumerate(tqdm(list(_groups(lengths, per_shard)), desc="features", unit="shard", delay=2.0)):
         file = f"shard-{number:06d}.safetensors"
-        if file not in {finished.file for finished in done if size_problem(directory / file, finished) is None}:  # type: ignore[arg-type]
+        if file not in {finished.file for finished in done if size_problem(directory / file, finished.bytes) is None}:
             done = [finished for finished in done if finished.file != file]
             done.append(_write_shard(directory / file, rows.select(shard), model, layers=layers, batch_size=batch_size))
             save_index(directory, meta, done, complete=False)
