@@ -74,6 +74,11 @@ class Head:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias, lora=lora)
 
+    def detached(self) -> Head:
+        """The head without gradients."""
+        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach(), lora=lora)
+
     def sliced(self, vocab_size: int) -> Head:
         """The head of the first ``vocab_size`` entries; itself when it has no more than these."""
         if vocab_size >= self.out_features:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.head import Head
+from kdlib.streams import Streams, attention_mask
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -63,8 +64,14 @@ def inner(model: nn.Module) -> PreTrainedModel:
 def hidden_states(
     model: nn.Module, batch: Mapping[str, Any], *, layers: tuple[int, ...] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Last hidden states [B, S, D] after the final norm, and the asked layers' {layer: [B, S, D]} (0 = embeddings)."""
+    """Last hidden states [B, S, D] after the final norm, and the asked layers' {layer: [B, S, D]} (0 = embeddings).
+
+    A batch with ``stream`` and ``clean_until`` [B, S] is read as several streams of tokens (``kdlib.streams``).
+    """
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+    if "stream" in batch:
+        streams = Streams(position=batch["position_ids"], stream=batch["stream"], clean_until=batch["clean_until"])
+        inputs["attention_mask"] = attention_mask(inner(model).config, queries=streams, keys=streams)
     output = inner(model).get_decoder()(**inputs, use_cache=False, output_hidden_states=bool(layers))
     return output.last_hidden_state, {layer: output.hidden_states[layer] for layer in layers}
 
@@ -101,6 +108,29 @@ def check_head(model: nn.Module, *, role: str) -> None:
     if (ours - theirs).abs().max() > tolerance * theirs.abs().max().clamp(min=1.0):
         raise ValueError(
             f"the {role} ({type(base).__name__}) does more to its logits than kdlib.head.Head knows: please report the model"
+        )
+
+
+@torch.no_grad()
+def check_streams(model: nn.Module, *, role: str) -> None:
+    """Raises ValueError unless two tokens after the start of a text read the same beside the text as alone.
+
+    Models that place tokens by their columns, as ALiBi does, would otherwise train on wrong numbers without a word.
+    """
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return
+    columns = {"input_ids": [0, 1, 2, 3, 3, 2], "position_ids": [0, 1, 2, 3, 2, 3]}
+    columns |= {"stream": [0, 0, 0, 0, 1, 1], "clean_until": [0, 0, 0, 0, 2, 2]}
+    batch = {name: torch.tensor([values], device=device) for name, values in columns.items()}
+    with evaluating(model):
+        beside = hidden_states(model, batch)[0][0, 4:]
+        alone = hidden_states(model, {"input_ids": torch.tensor([[0, 1, 3, 2]], device=device)})[0][0, 2:]
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 5e-2
+    if (beside - alone).abs().max() > tolerance * alone.abs().max().clamp(min=1.0):
+        raise ValueError(
+            f"the {role} ({type(inner(model)).__name__}) does not place tokens by position_ids and mask alone, so it cannot "
+            "read several streams in one pass: use a model with rotary or learned positions and plain attention layers"
         )
 
 

@@ -227,6 +227,11 @@ class Positions:
     def __len__(self) -> int:
         return len(self.index)
 
+    def to(self, device: torch.device) -> Positions:
+        """The same rows on ``device``."""
+        stored = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in stored.items() if x is not None})
+
     def kept(self, keep: Tensor) -> Positions:
         """The rows where ``keep`` [N] is true."""
         assert self.chunk is None and self.teacher_chunk is None, "rows of an aligned chunk cannot be left out alone"

@@ -14,7 +14,8 @@ from kdlib.cli.scoring import ScoringArguments, check_tasks
 DESCRIPTION = """Scores a model: lm-eval tasks (--tasks), bits per byte of a text (--dataset_name), and
 KL to a teacher (--teacher).
 
-kdlib evaluate acceptance measures a draft for speculative decoding: see its own --help."""
+kdlib evaluate acceptance measures a draft for speculative decoding, kdlib evaluate jacobi the tokens per forward pass of a
+model that decodes in parallel: see their own --help."""
 
 
 @dataclass
@@ -53,6 +54,10 @@ def run(words: list[str]) -> int:
         from kdlib.cli.evaluate_acceptance import run as run_acceptance
 
         return run_acceptance(words[1:])
+    if words[:1] == ["jacobi"]:
+        from kdlib.cli.evaluate_jacobi import run as run_jacobi
+
+        return run_jacobi(words[1:])
     options = parse("evaluate", DESCRIPTION, [EvaluateArguments, ScoringArguments], words)
     if options is None:
         return 0

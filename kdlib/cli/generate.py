@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from kdlib.cli.parsing import parse
+from kdlib.cli.stoppable import run_stoppable
 from kdlib.samplers.config import RolloutConfig
 
 if TYPE_CHECKING:
@@ -101,62 +99,34 @@ class GenerateArguments:
             raise ValueError("rollout.temperature 0 writes the same completion every time: add --num_generations 1")
 
 
-class Stopped(KeyboardInterrupt):
-    """A SIGINT or SIGTERM; what is on disk is complete up to the last batch."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 def run(words: list[str]) -> int:
     options = parse("generate", DESCRIPTION, [GenerateArguments], words)
     if options is None:
         return 0
     arguments = options.build(GenerateArguments)
-    with ExitStack() as stack:
-        stack.enter_context(_stoppable())
-        try:
-            return _generated(arguments, stack)
-        except Stopped as stop:
-            Console(stderr=True, soft_wrap=True, highlight=False).print("stopped; the same command continues", markup=False)
-            return 128 + stop.number
+    return run_stoppable(lambda: _generated(arguments))
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Stopped wherever the run is: every write is safe against being cut."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _generated(a: GenerateArguments, stack: ExitStack) -> int:
+def _generated(a: GenerateArguments) -> int:
     """The exit code. Rows, prompts, directory and verifier are checked before a model is loaded."""
     from kdlib.cli.generate_loop import Generator, answer
     from kdlib.cli.generate_source import source_of
     from kdlib.cli.generate_verify import load_verifier
     from kdlib.data import load_rows
 
-    rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
-    verifier = load_verifier(a.verify, answer_column=a.answer_column, columns=rows.column_names, stack=stack)
-    source = source_of(a)
-    prompts = _prompts(a, rows, source)
-    writer = _writer(a, prompts, source)
-    stack.callback(writer.close)
-    _say(a, prompts, writer)
-    if writer.missing:
-        sampler = source.sampler(a)
-        stack.callback(sampler.close)
-        answer(prompts, writer, Generator(arguments=a, source=source, sampler=sampler, verifier=verifier))
-    return _closing(a, prompts, writer)
+    with ExitStack() as stack:
+        rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
+        verifier = load_verifier(a.verify, answer_column=a.answer_column, columns=rows.column_names, stack=stack)
+        source = source_of(a)
+        prompts = _prompts(a, rows, source)
+        writer = _writer(a, prompts, source)
+        stack.callback(writer.close)
+        _say(a, prompts, writer)
+        if writer.missing:
+            sampler = source.sampler(a)
+            stack.callback(sampler.close)
+            answer(prompts, writer, Generator(arguments=a, source=source, sampler=sampler, verifier=verifier))
+        return _closing(a, prompts, writer)
 
 
 def _prompts(a: GenerateArguments, rows: Any, source: Source) -> Prompts:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.decoding.sampling import context_length
 from kdlib.models import load_model, load_tokenizer
@@ -18,10 +18,23 @@ from kdlib.tokenizers.identity import tokenizer_fingerprint
 from kdlib.trainers.turns import stop_ids
 from kdlib.types import Sampler
 
-if TYPE_CHECKING:
-    from kdlib.cli.generate import GenerateArguments
-
 DRAWN = ("engine", "temperature", "top_p", "top_k")  # what of the rollout options the completions depend on
+
+
+class SourceArguments(Protocol):
+    """The options of a command that say who writes, and how it is loaded."""
+
+    model: str
+    rollout: RolloutConfig
+    tokenizer: str | None
+    chat_template_kwargs: dict[str, Any] | None
+    dtype: str
+    attn_implementation: str | None
+    load_in_8bit: bool
+    load_in_4bit: bool
+    trust_remote_code: bool
+    device: str | None
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +62,8 @@ class Source:
             "stop_ids": list(self.stop_ids),
         }
 
-    def sampler(self, a: GenerateArguments) -> Sampler:
-        """The engine, started."""
+    def sampler(self, a: SourceArguments, *, model: PreTrainedModel | None = None) -> Sampler:
+        """The engine, started; ``model``: the weights that engine hf uses, where they are loaded already."""
         if self.rollout.engine == "vllm":
             from kdlib.samplers import VLLMSampler
 
@@ -60,12 +73,15 @@ class Source:
 
             assert self.rollout.url is not None
             return ServerSampler(self.rollout.url, self.rollout)
-        return self._in_process(a)
+        from kdlib.samplers import HFSampler
 
-    def _in_process(self, a: GenerateArguments) -> Sampler:
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        return HFSampler(self.load(a) if model is None else model, pad_token_id=self.tokenizer.pad_token_id)
+
+    def load(self, a: SourceArguments) -> PreTrainedModel:
+        """The weights in this process, in evaluation mode."""
         import torch
 
-        from kdlib.samplers import HFSampler
         from kdlib.teachers.hf import quantization
 
         quantized = quantization(load_in_8bit=a.load_in_8bit, load_in_4bit=a.load_in_4bit)
@@ -80,18 +96,21 @@ class Source:
         )
         if quantized is None:
             model.to(device)
-        assert isinstance(self.tokenizer.pad_token_id, int)
-        return HFSampler(model.eval(), pad_token_id=self.tokenizer.pad_token_id)
+        return model.eval()
 
 
-def source_of(a: GenerateArguments) -> Source:
-    """The teacher that the options name; ValueError when it, or its tokenizer, is not there. Loads no weights."""
+def source_of(a: SourceArguments, *, loaded: bool = False) -> Source:
+    """The teacher that the options name; ValueError when it, or its tokenizer, is not there. Loads no weights.
+
+    loaded: the model is loaded in this process too, whatever engine writes.
+    """
     rollout = a.rollout
     if is_url(a.model):
         if rollout.url not in (None, a.model):
             raise ValueError(f"model {a.model} and rollout.url {rollout.url} are two servers: leave one out")
         rollout = replace(rollout, engine="server", url=a.model)
-    _refuse_unused(a, rollout)
+    if not loaded:
+        _refuse_unused(a, rollout)
     served = _served(a, rollout) if rollout.engine == "server" else None
     checkpoint = a.model if served is None or rollout is a.rollout else served.root
     home = a.tokenizer or checkpoint
@@ -111,7 +130,7 @@ def source_of(a: GenerateArguments) -> Source:
     )
 
 
-def _refuse_unused(a: GenerateArguments, rollout: RolloutConfig) -> None:
+def _refuse_unused(a: SourceArguments, rollout: RolloutConfig) -> None:
     """ValueError for options that only a model in this process has."""
     given = {"attn_implementation": a.attn_implementation, "load_in_8bit": a.load_in_8bit, "load_in_4bit": a.load_in_4bit}
     used = [name for name, value in {**given, "device": a.device}.items() if value]
@@ -119,7 +138,7 @@ def _refuse_unused(a: GenerateArguments, rollout: RolloutConfig) -> None:
         raise ValueError(f"{', '.join(used)}: for rollout.engine hf, not {rollout.engine}; leave it out")
 
 
-def _served(a: GenerateArguments, rollout: RolloutConfig) -> Served:
+def _served(a: SourceArguments, rollout: RolloutConfig) -> Served:
     assert rollout.url is not None
     client = ServerClient(rollout.url, timeout=rollout.timeout, patience=rollout.patience)
     return client.models(

@@ -17,8 +17,10 @@ COMMANDS = {
     "distill": "train a student on a teacher's distributions",
     "draft": "train a draft for speculative decoding, and measure what its target accepts",
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
+    "trajectories": "trajectories jacobi: a model's greedy outputs and the states that Jacobi decoding goes through",
+    "jacobi": "train a model to decode several tokens per forward pass, by Jacobi decoding",
     "generate": "let a teacher answer prompts: verified traces that train as they are",
-    "evaluate": "score a model with lm-eval tasks, bits per byte, KL to a teacher; a draft: evaluate acceptance",
+    "evaluate": "score a model: lm-eval tasks, bits per byte, KL; evaluate acceptance: a draft; evaluate jacobi: decoding",
     "export": "write a draft as a directory that vLLM loads, checked, with the words to type",
     "plan": "the acceptance that drafts of several shapes need to pay, before anything is trained",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0: it worked. 2: what was asked for cannot be done, one line on stderr says why. 130 and 143: Ctrl-C or
     SIGTERM stopped it in good order. 1: a defect, with its traceback (Python's own), or a check of kdlib evaluate acceptance
-    that failed.
+    or kdlib evaluate jacobi that failed.
     """
     words = sys.argv[1:] if argv is None else argv
     console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -84,5 +86,5 @@ def _one_line(error: Exception) -> str:
 def _usage(console: Console) -> None:
     console.print("kdlib: knowledge distillation for language models\n\nusage: kdlib COMMAND [options]\n", markup=False)
     for name, what in COMMANDS.items():
-        console.print(f"  {name:<10}{what}", markup=False)
+        console.print(f"  {name:<14}{what}", markup=False)
     console.print("\nkdlib COMMAND --help shows its options; KDLIB_DEBUG=1 shows whole tracebacks.", markup=False)

@@ -33,9 +33,14 @@ class Run:
     @classmethod
     def classes(cls) -> list[type]:
         """The dataclasses whose fields are the command's options."""
+        return [cls.arguments_class, AdapterArguments, ScoringArguments, LaunchArguments, cls.config_class()]
+
+    @classmethod
+    def config_class(cls) -> type[DistillationConfig]:
+        """The trainer's configuration, whose fields are options too."""
         from kdlib.trainers.config import DistillationConfig
 
-        return [cls.arguments_class, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig]
+        return DistillationConfig
 
     @classmethod
     def run(cls, words: list[str], *, quiet: bool = False) -> int:
@@ -67,9 +72,7 @@ class Run:
 
     def build_args(self) -> DistillationConfig:
         """The trainer's configuration, made of the options."""
-        from kdlib.trainers.config import DistillationConfig
-
-        return self.options.build(DistillationConfig)
+        return self.options.build(self.config_class())
 
     def preview(self) -> int:
         """Rows as they would be trained on: needs the student's tokenizer, no model."""

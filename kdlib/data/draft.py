@@ -63,6 +63,17 @@ def first_scored(labels: Sequence[int]) -> int:
     return next((i for i, label in enumerate(labels) if label != UNSCORED and i > 0), len(labels))
 
 
+def last_span(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last run of scored tokens starts, never at the row's first token, and ends; twice the length when none is."""
+    end = next((i for i in range(len(labels), 1, -1) if labels[i - 1] != UNSCORED), None)
+    if end is None:
+        return len(labels), len(labels)
+    start = end
+    while start > 1 and labels[start - 1] != UNSCORED:
+        start -= 1
+    return start, end
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     for index, (left, right) in enumerate(zip(first, second, strict=False)):

@@ -12,6 +12,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from kdlib.data.trajectories import is_trajectories, read_trajectories
+
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FAILURES = (
@@ -24,14 +26,16 @@ _FAILURES = (
 
 def load_rows(dataset_name: str, *, split: str = "train", config: str | None = None) -> Dataset:
     """The rows of ``dataset_name``: .jsonl, .json, .csv, .parquet or .txt (a row per line), a glob of them, a
-    saved directory or a Hub id.
+    saved directory, one of ``kdlib trajectories``, or a Hub id.
 
     Files form the split "train"; ``split`` may slice it ("train[:100]"). ``config`` names a Hub dataset's
     configuration. Raises FileNotFoundError for a path that does not exist and ValueError for what cannot be
     read or has no rows, in one line.
     """
     path = Path(dataset_name).expanduser()
-    if path.is_dir():
+    if is_trajectories(path):
+        rows = read_trajectories(path, split=split)
+    elif path.is_dir():
         rows = _saved(path, split)
     elif path.is_file():
         rows = _files([path], split)

@@ -41,9 +41,12 @@ def teacher_inputs(batch: Mapping[str, Any], positions: Positions) -> tuple[dict
     """The batch as the teacher reads it, and where ``positions`` are in it [N].
 
     Without ``teacher_index`` these are the batch and ``positions.index``; else ``teacher_input_ids`` [B, S'] and
-    their mask take the place of ``input_ids`` and ``attention_mask``.
+    their mask, where there are any, take the place of ``input_ids`` and ``attention_mask`` and of what places tokens.
     """
     if positions.teacher_index is None:
         return dict(batch), positions.index
+    if "teacher_input_ids" not in batch:
+        return dict(batch), positions.teacher_index
+    kept = {key: value for key, value in batch.items() if key not in ("position_ids", "stream", "clean_until")}
     inputs = {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]}
-    return {**batch, **inputs}, positions.teacher_index
+    return {**kept, **inputs}, positions.teacher_index

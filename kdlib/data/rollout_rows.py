@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdlib.data.draft import UNSCORED, first_scored
+from kdlib.data.draft import UNSCORED, first_scored, last_span
 
 
 def prompt_ids(row: Mapping[str, Any]) -> list[int]:
     """The tokens before the last scored span of a token row, which a completion follows; all of a row without scored tokens."""
-    return list(row["input_ids"][: _last_span(row["labels"])])
+    return list(row["input_ids"][: last_span(row["labels"])[0]])
 
 
 def with_completion(row: Mapping[str, Any], ids: Sequence[int], *, logp: Sequence[float] | None = None) -> dict[str, Any]:
@@ -29,14 +29,3 @@ def with_completion(row: Mapping[str, Any], ids: Sequence[int], *, logp: Sequenc
     if logp is not None:
         made["drawn_logp"] = [math.nan] * len(prompt) + list(logp)
     return made
-
-
-def _last_span(labels: Sequence[int]) -> int:
-    """Where the last run of scored tokens starts, never at the row's first token; the row's length when none is scored."""
-    end = next((i for i in range(len(labels), 1, -1) if labels[i - 1] != UNSCORED), None)
-    if end is None:
-        return len(labels)
-    start = end
-    while start > 1 and labels[start - 1] != UNSCORED:
-        start -= 1
-    return start

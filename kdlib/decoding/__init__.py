@@ -7,11 +7,15 @@ from kdlib.lazy import exports
 __all__ = [
     "Drafter",
     "EagleDrafter",
+    "JacobiOutput",
     "ModelDrafter",
+    "PackedStates",
     "SpeculativeOutput",
     "draw",
     "filtered_log_probs",
     "generate",
+    "jacobi_generate",
+    "packed_states",
     "speculative_generate",
 ]
 
@@ -22,6 +26,10 @@ __getattr__ = exports(
         "filtered_log_probs": "kdlib.decoding.sampling",
         "generate": "kdlib.decoding.sampling",
         "EagleDrafter": "kdlib.decoding.eagle_drafter",
+        "JacobiOutput": "kdlib.decoding.jacobi",
+        "jacobi_generate": "kdlib.decoding.jacobi",
+        "PackedStates": "kdlib.decoding.jacobi_states",
+        "packed_states": "kdlib.decoding.jacobi_states",
         "Drafter": "kdlib.decoding.drafters",
         "ModelDrafter": "kdlib.decoding.drafters",
         "SpeculativeOutput": "kdlib.decoding.speculative",

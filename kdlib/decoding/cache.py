@@ -39,11 +39,14 @@ class RowCache:
         return {"attention_mask": mask, "position_ids": positions}
 
     def go_back(self, rows: Tensor, *, tokens: Tensor) -> None:
-        """Keeps ``rows`` [b'] (ascending indices into the batch) without the last ``tokens`` [b'] of each; both on the CPU."""
+        """The batch becomes ``rows`` [b'] of it, some perhaps more than once, without the last ``tokens`` [b'] of each.
+
+        Both lie on the CPU.
+        """
         shift = tokens - tokens.min()
         padding = self.padding[rows] + shift
         end, start = self.length - int(tokens.min()), int(padding.min())
-        if len(rows) == len(self.padding) and not shift.any():
+        if torch.equal(rows, torch.arange(len(self.padding))) and not shift.any():
             for layer in self._cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, start:end], layer.values[:, :, start:end]
         else:
@@ -94,4 +97,6 @@ def check_cache(model: Any, *, role: str) -> None:
     unfit = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
     if unfit:
         names = ", ".join(sorted(kind.__name__ for kind in unfit))
-        raise ValueError(f"the {role} keeps a state that cannot go back ({names}): speculative decoding needs attention layers")
+        raise ValueError(
+            f"the {role} keeps a state that cannot go back ({names}): decoding several tokens a pass needs attention"
+        )

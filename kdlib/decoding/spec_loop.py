@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdlib.decoding.cache import CachedModel
 from kdlib.decoding.drafters import Drafter
+from kdlib.decoding.emitted import Emitted
 from kdlib.decoding.sampling import context_length, draw, filtered_log_probs, uniforms
 from kdlib.decoding.spec_verify import Round
 from kdlib.types import SamplingParams
@@ -49,7 +50,7 @@ class SpeculativeOutput:
 
 
 class Speculation:
-    """One call's state: ``rows`` [b] are the prompts still going on; what has a B in its shape is of all prompts.
+    """One call's state: ``emitted.rows`` [b] are the prompts still going on; what has a B in its shape is of all prompts.
 
     Random numbers are a table [B, max_tokens, 2 gamma + 1]: those of a row's i-th pass depend on its seed and on i alone.
     """
@@ -69,7 +70,6 @@ class Speculation:
         self.one_hot, self.lenience = one_hot, lenience
         self.device = next(target.parameters()).device
         self.context = context_length(target)
-        self.stop = torch.tensor(params.stop_ids, dtype=torch.long, device=self.device)
         shape = (len(seeds), params.max_tokens, 2 * gamma + 1)
         if params.temperature == 0:
             self.uniform = torch.zeros((), device=self.device).expand(shape)
@@ -82,11 +82,9 @@ class Speculation:
         if self._start(input_ids, padding=padding):
             while self._round():
                 pass
-        columns = torch.arange(self.params.max_tokens, device=self.device)
-        new = self.new[:, : len(columns)].masked_fill(columns >= self.lengths[:, None], pad_token_id)
         return SpeculativeOutput(
-            sequences=torch.cat([input_ids, new], dim=1),
-            lengths=self.lengths,
+            sequences=self.emitted.sequences(input_ids, pad_token_id=pad_token_id),
+            lengths=self.emitted.lengths,
             rounds=self.rounds,
             drafted=self.drafted,
             accepted_per_position=self.accepted,
@@ -97,12 +95,15 @@ class Speculation:
     def _reset(self, input_ids: Tensor, *, padding: Tensor) -> None:
         size, columns = input_ids.shape
         self.prompt = (columns - padding).to(self.device)
-        self.limits = (self.context - self.prompt).clamp(max=self.params.max_tokens).long()
-        # a round writes all of its columns: what follows a row's last token is written over, or masked out at the end
-        self.new = input_ids.new_zeros(size, self.params.max_tokens + self.gamma)
-        self.lengths, self.rounds, self.drafted = (torch.zeros_like(self.prompt) for _ in range(3))
+        self.emitted = Emitted(
+            self.prompt,
+            max_tokens=self.params.max_tokens,
+            context=self.context,
+            stop_ids=self.params.stop_ids,
+            spare=self.gamma,
+        )
+        self.rounds, self.drafted = torch.zeros_like(self.prompt), torch.zeros_like(self.prompt)
         self.accepted = self.prompt.new_zeros(size, self.gamma)
-        self.rows = torch.arange(size, device=self.device)
         self.forwards = 0
 
     def _start(self, input_ids: Tensor, *, padding: Tensor) -> bool:
@@ -111,7 +112,8 @@ class Speculation:
         logits, features = self.cached.read(input_ids, logits_to_keep=1)
         logp = filtered_log_probs(logits[:, -1], self.params)
         first = logp.argmax(-1) if self.params.temperature == 0 else draw(logp, self.uniform[:, 0, -1])
-        kept, _ = self._emit(first[:, None], accepted=torch.zeros_like(first))
+        nothing = torch.zeros_like(first)
+        kept, _ = self.emitted.take(first[:, None], accepted=nothing, beside=nothing[:, None])
         if len(kept) == 0:
             return False
         self.cached.go_back(kept, tokens=torch.zeros_like(kept))
@@ -127,7 +129,7 @@ class Speculation:
     def _round(self) -> bool:
         """Proposals, their verification, and what follows from it; whether any row goes on."""
         self.forwards += 1
-        uniform = self.uniform[self.rows, self.forwards]
+        uniform = self.uniform[self.emitted.rows, self.forwards]
         choices = Round(self.params, uniform=uniform, one_hot=self.one_hot, lenience=self.lenience)
         self.drafter.propose(self.gamma, choices.choose)
         proposals, room = choices.proposals(), self._room()
@@ -135,9 +137,10 @@ class Speculation:
         accepted, follows = choices.verify(logits, room=room)
         self._count(accepted, room=room)
         tokens = torch.cat([proposals, follows[:, None]], dim=1).scatter(1, accepted[:, None], follows[:, None])
-        kept, accepted = self._emit(tokens, accepted=accepted)
+        kept, beside = self.emitted.take(tokens, accepted=accepted, beside=accepted[:, None])
         if len(kept) == 0:
             return False
+        accepted = beside[:, 0]
         self.cached.go_back(kept, tokens=self.gamma - accepted)
         alive = kept.to(self.device)
         self.last = follows[alive]
@@ -147,29 +150,11 @@ class Speculation:
 
     def _room(self) -> Tensor:
         """How many proposals of each row may be verified [b]: the target reads them, the draft all but the last of them."""
-        known = self.prompt[self.rows] + self.lengths[self.rows]
+        known = (self.prompt + self.emitted.lengths)[self.emitted.rows]
         return (min(self.context, self.drafter.context + 1) - known).clamp(min=0, max=self.gamma).long()
 
     def _count(self, accepted: Tensor, *, room: Tensor) -> None:
-        self.rounds[self.rows] += 1
-        self.drafted[self.rows] += room
-        self.accepted[self.rows] += torch.arange(self.gamma, device=self.device) < accepted[:, None]
-
-    def _emit(self, tokens: Tensor, *, accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes up each row's first ``accepted`` + 1 of ``tokens`` [b, n], but none after a stop token or its limit.
-
-        Returns, on the CPU, the indices into the batch of those that go on, and their ``accepted``.
-        """
-        columns = torch.arange(tokens.shape[1], device=self.device)
-        before = self.lengths[self.rows]
-        self.new[self.rows[:, None], before[:, None] + columns] = tokens
-        stops = torch.isin(tokens, self.stop) & (columns <= accepted[:, None])
-        stopped = stops.any(-1)
-        count = torch.where(stopped, stops.int().argmax(-1), accepted) + 1
-        limits = self.limits[self.rows]
-        lengths = torch.minimum(before + count, limits)
-        self.lengths[self.rows] = lengths
-        alive, accepted = torch.stack([(~stopped & (lengths < limits)).long(), accepted]).cpu()  # the round's one wait
-        kept = alive.nonzero()[:, 0]
-        self.rows = self.rows[kept.to(self.device)]
-        return kept, accepted[kept]
+        rows = self.emitted.rows
+        self.rounds[rows] += 1
+        self.drafted[rows] += room
+        self.accepted[rows] += torch.arange(self.gamma, device=self.device) < accepted[:, None]

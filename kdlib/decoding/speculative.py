@@ -11,10 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.decoding.cache import check_cache
 from kdlib.decoding.drafters import Drafter, ModelDrafter
-from kdlib.decoding.sampling import check_prompts, context_length
+from kdlib.decoding.prompts import left_padding, pad_id, row_seeds, stops_of
 from kdlib.decoding.spec_loop import Speculation, SpeculativeOutput
 from kdlib.decoding.spec_vocabulary import SharedVocabulary
-from kdlib.models import eos_ids, inner
 from kdlib.tokenizers import same_tokenizer
 from kdlib.types import SamplingParams
 
@@ -70,18 +69,12 @@ def speculative_generate(
         temperature=temperature,
         top_k=top_k or 0,
         top_p=1.0 if top_p is None else top_p,
-        stop_ids=eos_ids(inner(target).generation_config.eos_token_id) if stop_ids is None else tuple(stop_ids),
+        stop_ids=stops_of(target, stop_ids),
     )
     check_cache(target, role="target")
     drafter = draft if isinstance(draft, Drafter) else _model_drafter(target, draft, tokenizer, draft_tokenizer)
-    padding = _padding(input_ids, attention_mask)
-    prompts = [row[start:] for row, start in zip(input_ids.tolist(), padding.tolist(), strict=True)]
-    check_prompts(prompts, context=context_length(target))
-    if seeds is None:
-        device = "cpu" if generator is None else generator.device
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator, device=device).tolist()
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+    padding = left_padding(target, input_ids, attention_mask=attention_mask)
+    seeds = row_seeds(seeds, rows=len(input_ids), generator=generator)
     one_hot = draft_sampling == "greedy"
     speculation = Speculation(target, drafter, params=params, gamma=gamma, one_hot=one_hot, lenience=lenience, seeds=seeds)
     pad = pad_id(target, params.stop_ids) if pad_token_id is None else pad_token_id
@@ -104,19 +97,3 @@ def _model_drafter(
         return ModelDrafter(draft)
     shared = SharedVocabulary(tokenizer, draft_tokenizer, sizes=(sizes[0], sizes[1]))
     return ModelDrafter(draft, vocabulary=shared.to(next(draft.parameters()).device))
-
-
-def _padding(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Unused columns on the left of each row [B], on the CPU."""
-    if attention_mask is None:
-        return torch.zeros(len(input_ids), dtype=torch.long)
-    mask = attention_mask.cpu().bool()
-    if mask.shape != input_ids.shape or (mask[:, :-1] & ~mask[:, 1:]).any():
-        raise ValueError("attention_mask has the shape of input_ids and is left-padded: zeros before each prompt, none after")
-    return (~mask).sum(-1)
-
-
-def pad_id(target: Any, stop_ids: Sequence[int]) -> int:
-    """What fills rows that end early: the target's padding token, or else a stop token, or else 0."""
-    pad = target.generation_config.pad_token_id
-    return pad if pad is not None else stop_ids[0] if stop_ids else 0

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kdlib.eval.comparison import comparison_report
     from kdlib.eval.divergence import kl_to_teacher
     from kdlib.eval.harness import evaluate
+    from kdlib.eval.jacobi_call import jacobi
+    from kdlib.eval.jacobi_measurement import JacobiResult
     from kdlib.eval.page import Section
     from kdlib.eval.report import write_report
     from kdlib.eval.results import results_table, summary_rows, write_results
@@ -25,11 +27,13 @@ _HOME = {
     "AcceptanceResult": "acceptance_measurement",
     "BitsPerByte": "bpb",
     "EvaluateCallback": "callback",
+    "JacobiResult": "jacobi_measurement",
     "Section": "page",
     "acceptance": "acceptance_call",
     "bits_per_byte": "bpb",
     "comparison_report": "comparison",
     "evaluate": "harness",
+    "jacobi": "jacobi_call",
     "kl_to_teacher": "divergence",
     "results_table": "results",
     "summary_rows": "results",
@@ -41,11 +45,13 @@ __all__ = [
     "AcceptanceResult",
     "BitsPerByte",
     "EvaluateCallback",
+    "JacobiResult",
     "Section",
     "acceptance",
     "bits_per_byte",
     "comparison_report",
     "evaluate",
+    "jacobi",
     "kl_to_teacher",
     "results_table",
     "summary_rows",

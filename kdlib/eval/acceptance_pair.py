@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from kdlib.decoding.drafters import Drafter
 from kdlib.decoding.eagle_drafter import EagleDrafter
+from kdlib.decoding.prompts import pad_id
 from kdlib.decoding.sampling import context_length
-from kdlib.decoding.speculative import pad_id
 from kdlib.drafts import formats
 from kdlib.drafts.eagle3 import Eagle3Draft
 from kdlib.eval.acceptance_empirical import Decoding

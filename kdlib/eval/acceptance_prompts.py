@@ -82,7 +82,7 @@ def _token_ids(prompts: list[list[int]], *, longest: float) -> PromptSet:
             raise ValueError(f"prompt {index} is empty: give at least one token, for example the bos token")
         if len(ids) > longest:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and leaves no room for max_new_tokens in the context of target or draft "
+                f"prompt {index} has {len(ids)} tokens and leaves no room for max_new_tokens in the context "
                 f"(at most {int(longest)}): shorten or drop it, or lower max_new_tokens"
             )
     return PromptSet(ids=prompts, domains=[None] * len(prompts))

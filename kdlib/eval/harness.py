@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def evaluate(
     dtype: str | torch.dtype = "auto",
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
+    decoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores ``model`` with lm-eval's ``simple_evaluate``; returns lm-eval's results, plus ``model_name``.
 
@@ -42,13 +44,15 @@ def evaluate(
     ``tokenizer``. A model object stays on its device and in its dtype; it is scored in eval mode, generates
     with a KV cache, and is given back with its training flags and config as they were. Global random
     generators are untouched either way. ``tasks``: names, globs, or YAML files; with ``include_path`` (a
-    directory of YAML tasks) no network is needed. ``model_args``: further arguments of lm-eval's HFLM. The
-    other options are lm-eval's own. ``output_path``: a .json file, or a directory that gets ``<tasks>.json``.
+    directory of YAML tasks) no network is needed. ``model_args``: further arguments of lm-eval's HFLM.
+    ``decoder``: options of the Jacobi decoder, ``{"block_size": 16}``, which then generates (greedily, so the
+    answers are the same), and the results have ``tokens_per_forward``; likelihoods are unchanged. The other
+    options are lm-eval's own. ``output_path``: a .json file, or a directory that gets ``<tasks>.json``.
 
     A model object is not spread over processes: call this on one rank (another local rank gets an empty
     dictionary). Raises ValueError when lm-eval is missing, a task is unknown, a path does not load, a model
     object comes without a tokenizer, or with ``device``, ``dtype`` or ``model_args``, which belong to
-    loading.
+    loading, and for a ``decoder`` with an unknown option or tasks that sample.
     """
     require_lm_eval()
     from lm_eval import simple_evaluate
@@ -58,7 +62,9 @@ def evaluate(
         manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, include_path=include_path)
         loading = {"device": device, "dtype": dtype, **(model_args or {})}
         results = simple_evaluate(
-            model=(_loaded if by_path else _borrowed)(model, tokenizer, batch_size=batch_size, loading=loading),
+            model=(_loaded if by_path else _borrowed)(
+                model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder
+            ),
             tasks=names,
             task_manager=manager,
             num_fewshot=num_fewshot,
@@ -75,6 +81,8 @@ def evaluate(
     if results is None:  # lm-eval's answer on every local rank but the first
         return {}
     named = {**results, "model_name": os.fspath(model) if by_path else model.name_or_path}
+    if decoder is not None:
+        named["tokens_per_forward"] = results["config"]["decoder"]["tokens_per_forward"]
     if output_path is not None:
         write_results(named, output_path)
     return named
@@ -86,25 +94,46 @@ def require_lm_eval() -> None:
         raise ValueError('scoring tasks needs lm-eval: pip install "kdlib[eval]"')
 
 
-def _loaded(model: str | os.PathLike[str], tokenizer: Any, *, batch_size: int | str, loading: Mapping[str, Any]) -> Any:
+def _loaded(
+    model: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    batch_size: int | str,
+    loading: Mapping[str, Any],
+    decoder: Mapping[str, Any] | None,
+) -> Any:
     """The model of a path or Hub id as lm-eval's kind of model."""
-    from kdlib.eval.models import DistilledLM
-
     device = loading["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {**loading, "device": device}
     try:
-        return DistilledLM(os.fspath(model), tokenizer=tokenizer, batch_size=batch_size, **options)
+        return _kind(decoder)(os.fspath(model), tokenizer=tokenizer, batch_size=batch_size, **options)
     except OSError as error:
         raise ValueError(f"cannot load {os.fspath(model)!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _borrowed(model: Any, tokenizer: Any, *, batch_size: int | str, loading: Mapping[str, Any]) -> Any:
+def _borrowed(
+    model: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int | str,
+    loading: Mapping[str, Any],
+    decoder: Mapping[str, Any] | None,
+) -> Any:
     """A model object as lm-eval's kind of model."""
-    from kdlib.eval.models import DistilledLM
-
     if loading != {"device": None, "dtype": "auto"}:
         raise ValueError("device, dtype and model_args are for loading: a model object is scored as it is")
     if tokenizer is None:
         raise ValueError("a model object is scored with its tokenizer: give tokenizer=...")
     # a copy, because lm-eval adds a padding token to a tokenizer without one
-    return DistilledLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return _kind(decoder)(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+def _kind(decoder: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """What makes lm-eval's kind of model."""
+    from kdlib.eval.jacobi_decoder import check_options
+    from kdlib.eval.models import DistilledLM, JacobiLM
+
+    if decoder is None:
+        return DistilledLM
+    check_options(decoder)
+    return partial(JacobiLM, **decoder)

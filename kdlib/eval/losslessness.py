@@ -45,14 +45,14 @@ class GreedyCheck:
 
     @property
     def line(self) -> str:
-        said = f"greedy identity: {self.identical} of {self.prompts} prompts identical to the target's own tokens"
+        said = f"greedy identity: {self.identical} of {self.prompts} prompts identical to greedy decoding's tokens"
         if not self.differences:
             return said
         worst = max(self.differences, key=lambda found: found.gap)
         where = f"prompt {worst.prompt}, token {worst.position}: gap {worst.gap:.2g}"
         if self.passed:
             return f"{said}; the others differ by ties within rounding (largest: {where}, tolerance {self.tolerance:.2g})"
-        return f"{said}; FAILED, {where} is more than rounding (tolerance {self.tolerance:.2g}): the output is not the target's"
+        return f"{said}; FAILED, {where} is more than rounding (tolerance {self.tolerance:.2g}): not lossless"
 
     def to_json(self) -> dict[str, Any]:
         differences = [{**asdict(found), "gap": finite(found.gap)} for found in self.differences]

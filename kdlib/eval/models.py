@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from peft import PeftConfig, PeftModel
+from torch import Tensor
+
+from kdlib.decoding.prompts import stops_of
+from kdlib.eval.jacobi_decoder import JacobiDecoder
+
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")  # of no effect on greedy decoding
 
 
 @register_model("kdlib")
@@ -31,6 +40,66 @@ class DistilledLM(HFLM):
         self._model: Any
         if self.adapter is not None:
             self._model = PeftModel.from_pretrained(self._model, self.adapter)
+
+
+@register_model("kdlib-jacobi")
+class JacobiLM(DistilledLM):
+    """lm-eval's ``hf`` model whose ``generate_until`` decodes blocks of tokens in parallel; likelihoods are unchanged.
+
+    The answers are those of greedy decoding. ``block_size`` (capped at a task's max_gen_toks) to ``seed`` are the options of
+    ``kdlib.eval.jacobi_decoder.JacobiDecoder``, every other argument is HFLM's own. A row ends at the model's eos and at a stop
+    string that is one token; what follows a longer stop string is cut from the answer as HFLM does, yet it was decoded and is
+    counted. The results' ``config`` has the ``decoder``: its options, ``new_tokens``, ``passes`` and ``tokens_per_forward``,
+    the ratio of (new tokens - 1) and passes, prompts' passes left out; None when nothing was generated.
+
+    Raises ValueError when a task samples, or asks for something else that greedy decoding does not have.
+    """
+
+    def __init__(self, pretrained: Any, **arguments: Any) -> None:
+        ours = {field.name for field in fields(JacobiDecoder)}
+        self.decoder = JacobiDecoder(**{name: value for name, value in arguments.items() if name in ours})
+        self.new_tokens = self.gained = self.passes = 0
+        super().__init__(pretrained, **{name: value for name, value in arguments.items() if name not in ours})
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], *, attention_mask: Tensor, **generation: Any
+    ) -> Tensor:
+        _check_greedy(generation)
+        room = max_length - context.shape[1]
+        decoder = replace(self.decoder, block_size=min(self.decoder.block_size, room))
+        # HFLM's own precision
+        precision = {"dtype": self.mixed_precision_dtype, "enabled": self.mixed_precision_dtype is not None}
+        with torch.autocast(self.device.type, **precision):
+            output = decoder.run(
+                self.model,
+                context,
+                attention_mask=attention_mask,
+                max_new_tokens=room,
+                stop_ids=self._stop_ids(stop),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        self.new_tokens += int(output.lengths.sum())
+        self.gained += int((output.lengths - 1).sum())
+        self.passes += int(output.passes.sum())
+        return output.sequences
+
+    def _stop_ids(self, stop: list[str]) -> list[int]:
+        """The model's eos and the stop strings that are one token."""
+        found = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
+        single = [ids[0] for ids in found if len(ids) == 1]
+        return list(dict.fromkeys([*stops_of(self.model, None), *single]))
+
+    def get_model_info(self) -> dict[str, Any]:
+        counted = {"new_tokens": self.new_tokens, "passes": self.passes}
+        ratio = self.gained / self.passes if self.passes else None
+        return super().get_model_info() | {"decoder": {**self.decoder.to_json(), **counted, "tokens_per_forward": ratio}}
+
+
+def _check_greedy(generation: Mapping[str, Any]) -> None:
+    if generation.get("do_sample") or generation.get("temperature", 0) > 0:
+        raise ValueError("the Jacobi decoder is greedy: leave do_sample and temperature out of the task's gen_kwargs")
+    if more := sorted(set(generation) - set(SAMPLING)):
+        raise ValueError(f"the Jacobi decoder is plain greedy decoding: it has no {', '.join(more)}, drop it from gen_kwargs")
 
 
 def _is_adapter(model: Any) -> bool:

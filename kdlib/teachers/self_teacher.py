@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +75,7 @@ class SelfTeacher:
             if self.kind == "adapter_off":
                 stack.enter_context(_without_adapter(self.model))
             hidden, features = hidden_states(self.model, inputs, layers=layers)
-            head = _detached(Head.of(self.model, vocab_size=self.vocab_size, dtype=self.dtype))
+            head = Head.of(self.model, vocab_size=self.vocab_size, dtype=self.dtype).detached()
         return TeacherSignal(hidden=hidden.flatten(0, 1).index_select(0, index), head=head, features=features)
 
     @torch.no_grad()
@@ -137,8 +136,3 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, was in trainable:
             parameter.requires_grad_(was)
-
-
-def _detached(head: Head) -> Head:
-    lora = None if head.lora is None else (head.lora[0].detach(), head.lora[1].detach(), head.lora[2])
-    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), lora=lora)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kdlib.trainers.draft import DraftTrainer
     from kdlib.trainers.eagle import EagleTrainer
     from kdlib.trainers.eagle_config import EagleConfig
+    from kdlib.trainers.jacobi import JacobiTrainer
+    from kdlib.trainers.jacobi_config import JacobiConfig
 
 _HOME = {
     "DistillationConfig": "config",
@@ -22,9 +24,19 @@ _HOME = {
     "DraftTrainer": "draft",
     "EagleConfig": "eagle_config",
     "EagleTrainer": "eagle",
+    "JacobiConfig": "jacobi_config",
+    "JacobiTrainer": "jacobi",
 }
 
-__all__ = ["DistillationConfig", "DistillationTrainer", "DraftTrainer", "EagleConfig", "EagleTrainer"]
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "DraftTrainer",
+    "EagleConfig",
+    "EagleTrainer",
+    "JacobiConfig",
+    "JacobiTrainer",
+]
 
 
 __getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

@@ -57,13 +57,17 @@ class SummedEvaluation(Trainer):
     ) -> tuple[None, None, None]:
         """Adds the batch's sums; nothing is returned, because the Trainer would average per-batch means."""
         inputs = self._unrepeated(self._prepare_inputs(inputs), size=self.args.eval_batch_size)
-        batch = {**inputs, "positions": self.positions(inputs)}
+        batch = self.evaluation_batch(inputs)
         if self.teacher_signals.served:
             batch = self.teacher_signals.all_of([batch])[0]
         with torch.no_grad():
             losses = self._losses(model, batch)
         self._evaluated.add({f"loss/{name}": (loss.sum, loss.count) for name, loss in losses.items()})
         return None, None, None
+
+    def evaluation_batch(self, batch: Batch) -> Batch:
+        """A batch of evaluation rows with its ``positions``: of all rows, whatever ``prepare`` chooses in training."""
+        return {**batch, "positions": self.positions(batch)}
 
     def _unrepeated(self, inputs: Batch, *, size: int) -> Batch:
         """Rows that accelerate repeats to give every rank a full last batch of ``size`` rows are not scored a second time."""
