@@ -10,6 +10,7 @@ from kdlib.cli.arguments import RunArguments
 from kdlib.cli.train import Run
 
 if TYPE_CHECKING:
+    from kdlib.eval import JacobiResult
     from kdlib.eval.page import Section
     from kdlib.trainers import DistillationConfig, DistillationTrainer, JacobiConfig
 
@@ -40,8 +41,8 @@ class MeasureArguments:
     timing: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1 or self.limit < 0:
-            raise ValueError("evaluate.max_new_tokens and evaluate.batch_size are at least 1, evaluate.limit at least 0")
+        if self.max_new_tokens < 2 or self.batch_size < 1 or self.limit < 0:
+            raise ValueError("evaluate.max_new_tokens is at least 2, evaluate.batch_size at least 1, evaluate.limit at least 0")
 
 
 @dataclass
@@ -78,23 +79,35 @@ class JacobiRun(Run):
 
     def measure(self, trainer: DistillationTrainer) -> Sequence[Section]:
         """Decoding of the model as it was and as it lies in final.tmp, into eval/jacobi.json and the report."""
-        from kdlib.data.draft import last_span
-        from kdlib.eval import jacobi
         from kdlib.eval.jacobi_report import jacobi_sections
 
-        options, rows = asdict(self.arguments.evaluate), trainer.eval_rows or trainer.train_rows
-        limit = options.pop("limit")
-        if not limit or rows is None:
+        if not self.arguments.evaluate.limit:
             return ()
-        some = rows.dataset.select(range(min(limit, len(rows.dataset))))
+        try:
+            found = self._measured(trainer)
+        except ValueError as error:  # prompts without room or without answers: no reason to lose what was trained
+            self.log.print(f"tokens per forward are not measured: {error}", markup=False)
+            return ()
+        self.directory.write_json("eval/jacobi.json", {name: result.to_json() for name, result in found.items()})
+        return jacobi_sections(found)
+
+    def _measured(self, trainer: DistillationTrainer) -> dict[str, JacobiResult]:
+        from kdlib.data.draft import last_span
+        from kdlib.decoding.sampling import context_length
+        from kdlib.eval import jacobi
+
+        options, rows = asdict(self.arguments.evaluate), trainer.eval_rows or trainer.train_rows
+        assert rows is not None
+        some = rows.dataset.select(range(min(options.pop("limit"), len(rows.dataset))))
         prompts = [row["input_ids"][: last_span(row["labels"])[0]] for row in some]
+        longest = context_length(trainer.model) - options["max_new_tokens"]
         models = {"base": self.arguments.model, "trained": str(self.directory.path / "final.tmp")}
         if self.args.from_scratch:
             del models["base"]
-        found = {
+        return {
             name: jacobi(
                 model,
-                prompts,
+                [ids for ids in prompts if len(ids) <= longest],
                 tokenizer=trainer.processing_class,
                 block_size=min(self.args.block_size, options["max_new_tokens"]),
                 seed=self.args.seed,
@@ -102,8 +115,6 @@ class JacobiRun(Run):
             )
             for name, model in models.items()
         }
-        self.directory.write_json("eval/jacobi.json", {name: result.to_json() for name, result in found.items()})
-        return jacobi_sections(found)
 
     def next_command(self) -> str:
         return (

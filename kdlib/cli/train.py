@@ -80,7 +80,7 @@ class Run:
         from kdlib.trainers import setup
 
         tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args)
-        rows = setup.prepared(_training_rows(self.arguments), tokenizer, self.args, packing=self.args.packing)
+        rows = setup.prepared(self.training_rows(), tokenizer, self.args, packing=self.args.packing)
         assert rows is not None
         Console(soft_wrap=True, highlight=False).print(preview_rows(rows.dataset, tokenizer, count=self.arguments.preview))
         return 0
@@ -144,12 +144,23 @@ class Run:
         return self.make_trainer(
             objective=self.arguments.objective,
             args=self.args,
-            train_dataset=_training_rows(self.arguments),
+            train_dataset=self.training_rows(),
             eval_dataset=self._evaluation_rows(),
             callbacks=callbacks,
             quantization_config=quantization_config(self.adapter),
             peft_config=peft_config(self.adapter),
         )
+
+    def training_rows(self) -> Any:
+        """The rows that ``dataset_name`` names; trajectories were made with the student's tokenizer."""
+        from kdlib.data import load_rows
+        from kdlib.data.trajectories import is_trajectories
+        from kdlib.trainers import setup
+
+        a = self.arguments
+        token_ids = is_trajectories(a.dataset_name)
+        tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args) if token_ids else None
+        return load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config, tokenizer=tokenizer)
 
     def _evaluation_rows(self) -> Any:
         from kdlib.data import load_rows
@@ -212,12 +223,6 @@ class Run:
     def next_command(self) -> str:
         """What a user types next."""
         return f"kdlib evaluate --model {self.directory.final} --tasks TASK"
-
-
-def _training_rows(arguments: RunArguments) -> Any:
-    from kdlib.data import load_rows
-
-    return load_rows(arguments.dataset_name, split=arguments.dataset_train_split, config=arguments.dataset_config)
 
 
 def _plan_line(plan: dict[str, Any]) -> str:

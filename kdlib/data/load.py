@@ -7,12 +7,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from kdlib.data.trajectories import is_trajectories, read_trajectories
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -24,17 +27,23 @@ _FAILURES = (
 )  # what `datasets` raises for bad files, names and networks
 
 
-def load_rows(dataset_name: str, *, split: str = "train", config: str | None = None) -> Dataset:
+def load_rows(
+    dataset_name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Dataset:
     """The rows of ``dataset_name``: .jsonl, .json, .csv, .parquet or .txt (a row per line), a glob of them, a
     saved directory, one of ``kdlib trajectories``, or a Hub id.
 
     Files form the split "train"; ``split`` may slice it ("train[:100]"). ``config`` names a Hub dataset's
-    configuration. Raises FileNotFoundError for a path that does not exist and ValueError for what cannot be
-    read or has no rows, in one line.
+    configuration; ``tokenizer`` is the one that trajectories have to be of. Raises FileNotFoundError for a path
+    that does not exist and ValueError for what cannot be read or has no rows, in one line.
     """
     path = Path(dataset_name).expanduser()
     if is_trajectories(path):
-        rows = read_trajectories(path, split=split)
+        rows = read_trajectories(path, tokenizer=tokenizer, split=split)
     elif path.is_dir():
         rows = _saved(path, split)
     elif path.is_file():

@@ -71,8 +71,9 @@ class JacobiTrainer(DistillationTrainer):
             raise ValueError("ar_labels teacher needs a teacher with weights of its own: a path, or SelfTeacher of kind ema")
         if isinstance(teacher, HFTeacher) and args.consistency == "local":
             check_streams(teacher.model, role="teacher")
-        train_dataset = load_rows(train_dataset) if isinstance(train_dataset, str) else train_dataset
         tokenizer = processing_class or setup.student_tokenizer(model, args)
+        if isinstance(train_dataset, str):
+            train_dataset = load_rows(train_dataset, tokenizer=tokenizer)
         rows = setup.prepared(train_dataset, tokenizer, args, packing=False, training=True)
         self.state_source = _source(args, rows)
         eval_rows = setup.prepared(eval_dataset, tokenizer, args, packing=False)

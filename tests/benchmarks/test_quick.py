@@ -90,3 +90,49 @@ def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| fine-tuning |" in report.read_text() and "| forward KL |" in report.read_text()
+
+
+@needs_shared
+def test_jacobi_compares_before_and_after(tmp_path: Path) -> None:
+    report = tmp_path / "jacobi.md"
+    script = str(LOSS.with_name("jacobi.py"))
+    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = dict(re.findall(r"^\| (before training|Jacobi Forcing) \|(.*)\|$", report.read_text(), flags=re.MULTILINE))
+    assert lines.keys() == {"before training", "Jacobi Forcing"}
+    assert all("4 of 4" in line for line in lines.values()), lines  # Jacobi decoding gives greedy decoding's tokens
+    assert "tokens per forward" in report.with_suffix(".svg").read_text()
+
+
+def test_jacobi_demo_scores_both_ways_of_decoding(tmp_path: Path) -> None:
+    report = tmp_path / "demo.md"
+    script = str(LOSS.with_name("jacobi_demo.py"))
+    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        len(re.findall(r"^\| (?:before training|Jacobi Forcing) \|.* 1 of 1 \|", report.read_text(), flags=re.MULTILINE)) == 2
+    )
+
+
+@needs_shared
+def test_the_jacobi_example_runs(tmp_path: Path) -> None:
+    root, rows = LOSS.parents[1], tmp_path / "rows"
+    shared = root / ".." / "shared"
+    subprocess.run([sys.executable, "examples/gsm8k_rows.py", str(shared / "data/gsm8k"), str(rows)], cwd=root, check=True)
+    words = [str(shared / "models/gsm8k-lm"), str(rows), "--rows", "8", "--steps", "2", "--max_new_tokens", "32"]
+    command = [sys.executable, "examples/jacobi.py", *words, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "before tokens per forward" in done.stdout and "after tokens per forward" in done.stdout
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@needs_shared
+def test_trajectories_compares_ways_of_collecting(tmp_path: Path) -> None:
+    report = tmp_path / "trajectories.md"
+    command = [sys.executable, str(LOSS.with_name("trajectories.py")), "--quick", "--output", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| packed |" in report.read_text() and "| CLLM's way |" in report.read_text()

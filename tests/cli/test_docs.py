@@ -9,10 +9,13 @@ import pytest
 
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
 from kdlib.cli.draft import DraftArguments, MeasureArguments
+from kdlib.cli.evaluate_jacobi import DecoderArguments
 from kdlib.cli.help import docs, nested, shown_default
+from kdlib.cli.jacobi import MeasureArguments as JacobiMeasure
 from kdlib.cli.names import LEFT_OUT, RENAMED
 from kdlib.cli.run_directory import COMMAND, FREE
 from kdlib.cli.scoring import ScoringArguments
+from kdlib.trainers import JacobiConfig
 from kdlib.trainers.config import DistillationConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -43,6 +46,16 @@ def test_options_of_drafts_are_on_their_page() -> None:
     assert found["reference"] == shown_default(DraftArguments, "reference")
     for key in docs(MeasureArguments):
         assert found[f"evaluate.{key}"] == shown_default(MeasureArguments, key), key
+
+
+def test_options_of_jacobi_are_on_their_pages() -> None:
+    found = rows((DOCS / "jacobi.md").read_text(encoding="utf-8"))
+    for key in set(docs(JacobiConfig)) - set(docs(DistillationConfig)):
+        assert found[key] == shown_default(JacobiConfig, key), key
+    for key in docs(JacobiMeasure):
+        assert found[f"evaluate.{key}"] == shown_default(JacobiMeasure, key), key
+    decoder = rows((DOCS / "jacobi_decoding.md").read_text(encoding="utf-8"))
+    assert decoder == {key: shown_default(DecoderArguments, key) for key in docs(DecoderArguments)}
 
 
 def test_names_of_others_are_those_that_the_command_knows() -> None:
