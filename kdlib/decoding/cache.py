@@ -97,6 +97,4 @@ def check_cache(model: Any, *, role: str) -> None:
     unfit = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
     if unfit:
         names = ", ".join(sorted(kind.__name__ for kind in unfit))
-        raise ValueError(
-            f"the {role} keeps a state that cannot go back ({names}): decoding several tokens a pass needs attention"
-        )
+        raise ValueError(f"the {role} keeps a state that cannot go back ({names}): several tokens a pass need attention layers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdlib.decoding.emitted import leading
 from kdlib.decoding.sampling import draw, filtered_log_probs
 from kdlib.types import SamplingParams
 
@@ -49,7 +50,7 @@ class Round:
         p = filtered_log_probs(logits, self.params).exp()
         q = torch.zeros_like(p[:, :-1]).scatter(-1, ids[..., None], 1.0) if not self._logq else torch.stack(self._logq, 1).exp()
         stands = self._stands(p[:, :-1], q, ids=ids) & allowed
-        accepted = _leading(stands)
+        accepted = leading(stands)
         q = torch.nn.functional.pad(q * allowed[..., None], (0, 0, 0, 1))  # q = 0: what follows is drawn from p itself
         at = accepted[:, None, None].expand(-1, 1, p.shape[-1])
         residual = self._residual(p.gather(1, at)[:, 0], q.gather(1, at)[:, 0])
@@ -61,7 +62,7 @@ class Round:
         if self.lenience > 1:
             drafted, highest = logits[:, :-1].gather(-1, ids[..., None])[..., 0], logits[:, :-1].amax(-1)
             stands |= (drafted.double() - highest.double()).exp() * self.lenience >= 1
-        accepted = _leading(stands & allowed)
+        accepted = leading(stands & allowed)
         return accepted, best.gather(1, accepted[:, None])[:, 0]
 
     def _stands(self, p: Tensor, q: Tensor, *, ids: Tensor) -> Tensor:
@@ -74,8 +75,3 @@ class Round:
         """max(l p - q, 0) [b, V], not normalised; p where rounding has left nothing of it, or where q is 0."""
         residual = (self.lenience * p - q).clamp(min=0)
         return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
-
-
-def _leading(stands: Tensor) -> Tensor:
-    """How many of the first columns are all true [b]."""
-    return stands.long().cumprod(-1).sum(-1)

@@ -61,6 +61,10 @@ class JacobiTrainer(DistillationTrainer):
         objective = objective or ForwardKL()
         if not isinstance(objective, RowObjective):
             raise ValueError(f"consistency is a divergence between rows: {type(objective).__name__} is no row objective")
+        if objective.reads_drawn:
+            raise ValueError(
+                f"{type(objective).__name__} learns from tokens that were drawn, which states are not: use ForwardKL"
+            )
         teacher = resolve_teacher(teacher, args.teacher_options) or SelfTeacher()
         if not isinstance(teacher, SelfTeacher | HFTeacher):
             raise ValueError(

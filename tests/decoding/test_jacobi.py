@@ -218,8 +218,9 @@ def test_a_predictable_text_takes_fewer_passes() -> None:
             **options,
         )
         passes[variant] = int(output.passes.sum())
-    assert 4 * (NEW - 1) / passes["blocks"] > 1.3
-    assert max(passes.values()) == passes["blocks"] == passes["as many iterations as tokens"]
+    single = passes.pop("blocks")
+    assert 4 * (NEW - 1) / single > 1.3
+    assert passes.pop("as many iterations as tokens") == single > max(passes.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

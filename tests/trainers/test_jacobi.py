@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MptConfig, MptForCausalLM, TrainerCallback
 
-from kdlib.objectives import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL
+from kdlib.objectives import CrossEntropy, ForwardKL, GeneralizedJSD, ReverseKL, SampledReverseKL
 from kdlib.samplers import RolloutConfig
 from kdlib.teachers import EnsembleTeacher, HFTeacher, SelfTeacher
 from kdlib.trainers import JacobiConfig, JacobiTrainer
@@ -604,6 +604,7 @@ def test_teachers_and_objectives_that_do_not_fit(tmp_path: Path) -> None:
     two = EnsembleTeacher([HFTeacher(double(1)), HFTeacher(double(2))])
     refused(tmp_path, "consistency needs whole distributions on the text as it is", teacher=two)
     refused(tmp_path, "NotARow is no row objective", objective=NotARow())
+    refused(tmp_path, "SampledReverseKL learns from tokens that were drawn", objective=SampledReverseKL())
     refused(tmp_path, "needs a student with an adapter", teacher=SelfTeacher("adapter_off"))
 
 
