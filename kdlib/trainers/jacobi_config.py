@@ -92,6 +92,8 @@ class JacobiConfig(DistillationConfig):
             )
         if self.on_policy_fraction and (self.state_source == "stored" or self.ar_labels in ("dataset", "mixed")):
             raise ValueError("rollouts have no stored states or labels: use state_source student and ar_labels trajectory")
+        if self.max_staleness:
+            raise ValueError("max_staleness scores rollouts before states are chosen: use rollout_refresh_steps")
         if self.on_policy_fraction and self.rollout_source == "corrected":
             raise ValueError("rollout_source corrected is for one distillation term: use student or teacher")
 
