@@ -22,14 +22,14 @@ def write_card(
     arguments: RunArguments,
     loss: dict[str, float],
     scores: list[dict[str, Any]],
-    accepted: list[list[str]],
+    measured: list[list[str]],
     command: str,
 ) -> None:
-    """Teacher, student, data, objective, steps, command, versions and scores with their intervals."""
+    """Teacher, student, data, objective, steps, command, versions and scores with their intervals; ``measured`` come last."""
     head = yaml.safe_dump({"library_name": "transformers", "tags": ["kdlib", "distillation"]}, sort_keys=False)
-    measured = [[name, f"{loss[name]:.4f}", ""] for name in LOSSES if name in loss]
-    measured += [[f"{row['task']} {row['metric']}", interval_text(row), str(row["n"])] for row in scores]
-    measured += accepted
+    rows = [[name, f"{loss[name]:.4f}", ""] for name in LOSSES if name in loss]
+    rows += [[f"{row['task']} {row['metric']}", interval_text(row), str(row["n"])] for row in scores]
+    rows += measured
     versions = ", ".join(f"{name} {version}" for name, version in environment()["packages"].items())
     parts = [
         f"---\n{head.strip()}\n---",
@@ -37,7 +37,7 @@ def write_card(
         "Distilled with kdlib.",
         _table(["", ""], list(_facts(trainer, arguments).items())),
         "## Scores",
-        _table(["metric", "value", "n"], measured) if measured else "None were measured.",
+        _table(["metric", "value", "n"], rows) if rows else "None were measured.",
         "Intervals are 95%. Divergences are in nats per scored token.",
         f"## Command\n\n```\n{command}\n```",
         f"## Versions\n\n{versions}",

@@ -13,13 +13,12 @@ from rich.table import Table
 
 from kdlib.cli.arguments import RunArguments
 from kdlib.cli.card import write_card
+from kdlib.cli.measured import measured_rows
 from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
 from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
-from kdlib.eval.acceptance_report import interval_text as estimate_text
-from kdlib.eval.acceptance_statistics import Estimate
 from kdlib.eval.page import Section
 from kdlib.eval.results import interval_text, summary_rows
 from kdlib.models import load_model, load_tokenizer
@@ -46,26 +45,10 @@ def finish(
         write_results(results, directory.scores)
         scores = summary_rows(results)
     command = (directory.path / "command.txt").read_text(encoding="utf-8").splitlines()[-1]
-    accepted = acceptance_rows(directory)
-    write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, accepted=accepted, command=command)
+    measured = measured_rows(directory)
+    write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, measured=measured, command=command)
     temporary.rename(directory.final)
     write_report(directory.path, extra_sections=sections)
-
-
-def acceptance_rows(directory: RunDirectory) -> list[list[str]]:
-    """[what, value with interval, prompts] of eval/acceptance.json, where a draft was measured."""
-    path = directory.path / "eval" / "acceptance.json"
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text())
-    return [
-        [
-            f"acceptance_length, {one['num_speculative_tokens']} speculative tokens, {one['draft_sample_method']} draft",
-            estimate_text(Estimate(**one["acceptance_length"])),
-            str(found["prompts"]),
-        ]
-        for one in found["empirical"]
-    ]
 
 
 def summary_table(directory: RunDirectory) -> Table:
@@ -91,7 +74,7 @@ def _headline(directory: RunDirectory) -> dict[str, str]:
             for key, value in json.loads(loss.read_text()).items()
             if key in ("eval_loss", "eval_kl_forward", "eval_top1_agreement")
         }
-    found |= {what: f"{value} (n={n})" for what, value, n in acceptance_rows(directory)}
+    found |= {what: f"{value} (n={n})" for what, value, n in measured_rows(directory)}
     if directory.scores.is_file():
         found |= {
             f"{row['task']} {row['metric']}": f"{interval_text(row)} (n={row['n']})"

@@ -120,6 +120,7 @@ def _written(a: TrajectoriesArguments) -> int:
     from kdlib.cli.trajectories_loop import Tracer, write_shards
     from kdlib.cli.trajectories_report import next_command, summary_table
     from kdlib.cli.trajectories_rows import prompts_of
+    from kdlib.models import check_streams
 
     source = source_of(a, loaded=True)
     prompts = prompts_of(a, source)
@@ -128,6 +129,7 @@ def _written(a: TrajectoriesArguments) -> int:
     with ExitStack() as stack:
         if writer.missing:
             model = source.load(a)
+            check_streams(model, role="model")
             sampler = source.sampler(a, model=model) if a.completions == "greedy" else None
             if sampler is not None:
                 stack.callback(sampler.close)
