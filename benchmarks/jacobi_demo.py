@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
     "warmup_steps": 0.05,
     "per_device_train_batch_size": 32,
     "ar_labels": "trajectory",  # the data set's own answers have slips
-    "ar_weight": 1.0,
+    "ar_weight": 5.0,
     "max_length": 128,
 }
 BASE = "before training"
@@ -106,8 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[*METHODS][:4], choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=200, help=f"of {PLAIN}")
-    parser.add_argument("--rows", type=int, default=4000, help="training questions")
+    parser.add_argument("--steps", type=int, default=450, help=f"of {PLAIN}")
+    parser.add_argument("--rows", type=int, default=2000, help="training questions")
     parser.add_argument("--runs", default="runs/jacobi-demo", help="where models are kept")
     parser.add_argument("--output", help="write the table as Markdown to this file")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed")

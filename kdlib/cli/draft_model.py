@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from kdlib.cli.measuring import row_prompts
 from kdlib.cli.names import unknown
 from kdlib.data.draft import first_scored
+from kdlib.decoding.sampling import context_length
 from kdlib.drafts.formats import is_head
 from kdlib.drafts.prune import pruned
 from kdlib.eval import AcceptanceResult, acceptance
@@ -93,18 +95,25 @@ def _pruned(model: Any, target: Any, args: DistillationConfig) -> Any:
 
 
 def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Console) -> AcceptanceResult | None:
-    """Acceptance of the draft in a directory by the trainer's target; None, with the reason, when that is served."""
+    """Acceptance of the draft in a directory by the trainer's target; None, with the reason, where it cannot be measured."""
     if not isinstance(trainer.teacher, HFTeacher):
-        log.print(
-            "acceptance is not measured: the target is not in this process (kdlib evaluate acceptance does it)", markup=False
-        )
-        return None
-    rows = (trainer.eval_rows or trainer.train_rows).dataset
-    prompts = [rows[i]["input_ids"][: first_scored(rows[i]["labels"])] for i in range(min(options["limit"], len(rows)))]
+        reason = "the target is not in this process (kdlib evaluate acceptance does it)"
+    else:
+        try:
+            return _measured(trainer, draft, options)
+        except ValueError as error:  # prompts without room: no reason to lose what was trained
+            reason = str(error)
+    log.print(f"acceptance is not measured: {reason}", markup=False)
+    return None
+
+
+def _measured(trainer: Any, draft: Path, options: Mapping[str, Any]) -> AcceptanceResult:
+    models = [trainer.teacher.model] if is_head(str(draft)) else [trainer.teacher.model, trainer.model]
+    room = {name: options[name] for name in ("limit", "max_new_tokens")}
     return acceptance(
         trainer.teacher.model,
         str(draft),
-        prompts,
+        row_prompts(trainer, _first_prompt, **room, context=min(context_length(model) for model in models)),
         tokenizer=trainer.processing_class,
         gamma=options["num_speculative_tokens"],
         temperature=options["temperature"],
@@ -114,3 +123,7 @@ def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Conso
         batch_size=options["batch_size"],
         seed=trainer.args.seed,
     )
+
+
+def _first_prompt(row: Mapping[str, Any]) -> list[int]:
+    return list(row["input_ids"][: first_scored(row["labels"])])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from kdlib.cli.parsing import parse
+from kdlib.cli.measuring import loaded, print_findings, print_left_out, write_result
+from kdlib.cli.parsing import check_least, parse
 
 if TYPE_CHECKING:
     from kdlib.eval import AcceptanceResult
@@ -83,10 +83,7 @@ class AcceptanceArguments:
     def __post_init__(self) -> None:
         if not self.num_speculative_tokens or min(self.num_speculative_tokens) < 1:
             raise ValueError(f"num_speculative_tokens must be at least 1, not {self.num_speculative_tokens}")
-        for name in ("max_new_tokens", "batch_size", "limit", "timing_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_least(self, dict.fromkeys(("max_new_tokens", "batch_size", "limit", "timing_prompts"), 1))
 
 
 def run(words: list[str]) -> int:
@@ -113,21 +110,19 @@ def _measured(a: AcceptanceArguments) -> dict[str, AcceptanceResult]:
     from kdlib.eval.acceptance_pair import check_tokenizers
     from kdlib.models import load_tokenizer
 
-    rows = load_rows(a.prompts, split=a.dataset_split, config=a.dataset_config)
-    if a.limit is not None:
-        rows = rows.select(range(min(a.limit, len(rows))))
+    rows = load_rows(a.prompts, split=a.dataset_split, config=a.dataset_config, limit=a.limit)
     tokenizer = load_tokenizer(a.target, trust_remote_code=a.trust_remote_code)
     drafts = [draft for draft in (a.baseline_draft, a.draft) if draft is not None]
     for draft in drafts:
         check_tokenizers(tokenizer, draft)
-    target = _loaded(a, a.target)
+    target = loaded(a, a.target)
     results: dict[str, AcceptanceResult] = {}
     names = dict(zip(drafts, _names(drafts), strict=True))
     for draft in names:
         earlier = next(iter(results.values()), None)
         results[names[draft]] = acceptance(
             target,
-            draft if is_head(draft) else _loaded(a, draft),
+            draft if is_head(draft) else loaded(a, draft),
             rows if earlier is None else earlier.prompts,
             responses=None if earlier is None else earlier.responses,
             tokenizer=tokenizer,
@@ -149,18 +144,6 @@ def _measured(a: AcceptanceArguments) -> dict[str, AcceptanceResult]:
     return results
 
 
-def _loaded(a: AcceptanceArguments, name: str) -> Any:
-    import torch
-
-    from kdlib.models import load_model
-
-    device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model: Any = load_model(
-        name, dtype=a.dtype, attn_implementation=a.attn_implementation, trust_remote_code=a.trust_remote_code
-    )
-    return model.to(device)
-
-
 def _names(drafts: list[str]) -> list[str]:
     """The last parts of the paths, or the whole paths where those are the same."""
     short = [Path(draft).name or draft for draft in drafts]
@@ -171,23 +154,19 @@ def _show(a: AcceptanceArguments, results: dict[str, AcceptanceResult]) -> None:
     """Tables and findings on stdout; JSON and a page where asked for."""
     from kdlib.eval.acceptance_change import changes
     from kdlib.eval.acceptance_report import lines, tables, write_acceptance_page
-    from kdlib.files import write_whole
 
     console = Console(soft_wrap=True, highlight=False)
     for table in tables(results):
         console.print(table)
-    for line in lines(results):
-        console.print(line, style="red" if "FAILED" in line else None, markup=False)
+    print_findings(console, lines(results))
     result = list(results.values())[-1]
-    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
-    if left_out:
-        console.print(f"rows left out: {', '.join(left_out)}", markup=False)
+    print_left_out(console, result.prompts)
     if a.output_path:
         directory = Path(a.output_path)
         content = result.to_json()
         if a.baseline_draft:
             content["baseline"] = next(iter(results.values())).to_json()
             content["changes"] = [change.to_json() for change in changes(results)]
-        write_whole(directory / "acceptance.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        data = write_result(directory / "acceptance.json", content)
         page = write_acceptance_page(directory / "acceptance.html", results)
-        console.print(f"written {directory / 'acceptance.json'} and {page}", markup=False)
+        console.print(f"written {data} and {page}", markup=False)

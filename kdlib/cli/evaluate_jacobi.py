@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,8 @@ from kdlib.cli.evaluate_jacobi_costs import (
     costs_json,
     score_columns,
 )
-from kdlib.cli.parsing import parse
+from kdlib.cli.measuring import loaded, print_findings, print_left_out, write_result
+from kdlib.cli.parsing import check_least, parse
 
 if TYPE_CHECKING:
     from kdlib.eval import JacobiResult
@@ -83,10 +83,7 @@ class JacobiArguments:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "limit", "timing_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        check_least(self, dict.fromkeys(("max_new_tokens", "batch_size", "limit", "timing_prompts"), 1))
 
 
 @dataclass
@@ -134,16 +131,14 @@ def _measured(
     from kdlib.eval.jacobi_decoder import JacobiDecoder
 
     JacobiDecoder(**asdict(decoder)).check(max_new_tokens=a.max_new_tokens)
-    rows = load_rows(a.prompts, split=a.dataset_split, config=a.dataset_config)
-    if a.limit is not None:
-        rows = rows.select(range(min(a.limit, len(rows))))
+    rows = load_rows(a.prompts, split=a.dataset_split, config=a.dataset_config, limit=a.limit)
     scorer = Scorer.of(costs, apply_chat_template=bool(a.apply_chat_template), batch_size=a.batch_size, decoder=asdict(decoder))
     tokenizer = _tokenizer(a)
     models = {Path(a.model).name: a.model} if a.base is None else {"base": a.base, "trained": a.model}
     results: dict[str, JacobiResult] = {}
     found: dict[str, Costs] = {}
     for name, path in models.items():
-        model = _loaded(a, path)
+        model = loaded(a, path)
         earlier = next(iter(results.values()), None)
         results[name] = jacobi(
             model,
@@ -179,43 +174,27 @@ def _tokenizer(a: JacobiArguments) -> Any:
     return tokenizer
 
 
-def _loaded(a: JacobiArguments, path: str) -> Any:
-    import torch
-
-    from kdlib.models import load_model
-
-    device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model: Any = load_model(
-        path, dtype=a.dtype, attn_implementation=a.attn_implementation, trust_remote_code=a.trust_remote_code
-    )
-    return model.to(device)
-
-
 def _show(a: JacobiArguments, results: dict[str, JacobiResult], found: dict[str, Costs]) -> None:
     """Tables and findings on stdout; JSON and a page where asked for."""
     from kdlib.eval import results_table
     from kdlib.eval.jacobi_report import change_of, jacobi_lines, jacobi_table, write_jacobi_page
-    from kdlib.files import write_whole
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(jacobi_table(results))
-    for line in jacobi_lines(results):
-        console.print(line, style="red" if "FAILED" in line else None, markup=False)
+    print_findings(console, jacobi_lines(results))
     scores = score_columns(found)
     if scores:
         console.print(results_table(scores))
     for line in cost_lines(found):
         console.print(line, markup=False)
     *earlier, (name, result) = results.items()
-    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
-    if left_out:
-        console.print(f"rows left out: {', '.join(left_out)}", markup=False)
+    print_left_out(console, result.prompts)
     if a.output_path:
         directory = Path(a.output_path)
         content = result.to_json() | costs_json(found[name])
         for other, before in earlier:
             content[other] = before.to_json() | costs_json(found[other])
             content["change_of_tokens_per_forward"] = change_of(result, before).to_json()
-        write_whole(directory / "jacobi.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        data = write_result(directory / "jacobi.json", content)
         page = write_jacobi_page(directory / "jacobi.html", results, more=cost_sections(found))
-        console.print(f"written {directory / 'jacobi.json'} and {page}", markup=False)
+        console.print(f"written {data} and {page}", markup=False)

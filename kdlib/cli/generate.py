@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kdlib.cli.parsing import parse
+from kdlib.cli.parsing import check_least, parse
+from kdlib.cli.shards import say_start
 from kdlib.cli.stoppable import run_stoppable
 from kdlib.samplers.config import RolloutConfig
 
@@ -31,6 +32,7 @@ SAME: tuple[str, ...] = (
     "generation_batch_size",
 )
 SAME += ("dtype", "attn_implementation", "load_in_8bit", "load_in_4bit", "seed")
+COUNTS = ("num_generations", "max_completion_length", "rows_per_shard", "generation_batch_size", "max_prompt_length")
 
 
 @dataclass
@@ -90,11 +92,7 @@ class GenerateArguments:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_generations", "max_completion_length", "rows_per_shard", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be at least 1, not {self.max_prompt_length}")
+        check_least(self, dict.fromkeys(COUNTS, 1))
         if self.rollout.temperature == 0 and self.num_generations > 1:
             raise ValueError("rollout.temperature 0 writes the same completion every time: add --num_generations 1")
 
@@ -121,7 +119,7 @@ def _generated(a: GenerateArguments) -> int:
         prompts = _prompts(a, rows, source)
         writer = _writer(a, prompts, source)
         stack.callback(writer.close)
-        _say(a, prompts, writer)
+        say_start(prompts, writer, each=f"{a.num_generations} completions each")
         if writer.missing:
             sampler = source.sampler(a)
             stack.callback(sampler.close)
@@ -155,19 +153,6 @@ def _writer(a: GenerateArguments, prompts: Prompts, source: Source) -> TraceWrit
         prompts_per_batch=max(1, a.generation_batch_size // a.num_generations),
         overwrite=a.overwrite,
     )
-
-
-def _say(a: GenerateArguments, prompts: Prompts, writer: TraceWriter) -> None:
-    """What is about to happen, and what was left out of it."""
-    log = Console(stderr=True, soft_wrap=True, highlight=False)
-    left_out = [f"{count} x {reason}" for reason, count in prompts.skipped.items()]
-    left_out += [f"{prompts.duplicates} x a prompt that an earlier row has"] if prompts.duplicates else []
-    line = f"{len(prompts):,} prompts, {a.num_generations} completions each, {writer.index.n_shards} shards"
-    log.print(f"{line}; rows left out: {', '.join(left_out)}" if left_out else line, markup=False)
-    for number, problem in writer.damaged.items():
-        log.print(f"shard {number} is {problem}; it is written again", markup=False)
-    if len(writer.missing) < writer.index.n_shards:
-        log.print(f"{writer.index.n_shards - len(writer.missing)} shards are there already", markup=False)
 
 
 def _closing(a: GenerateArguments, prompts: Prompts, writer: TraceWriter) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.arguments import RunArguments
+from kdlib.cli.measuring import row_prompts
 from kdlib.cli.train import Run
 
 if TYPE_CHECKING:
@@ -92,22 +93,20 @@ class JacobiRun(Run):
         return jacobi_sections(found)
 
     def _measured(self, trainer: DistillationTrainer) -> dict[str, JacobiResult]:
-        from kdlib.data.draft import last_span
+        from kdlib.data import prompt_ids
         from kdlib.decoding.sampling import context_length
         from kdlib.eval import jacobi
 
-        options, rows = asdict(self.arguments.evaluate), trainer.eval_rows or trainer.train_rows
-        assert rows is not None
-        some = rows.dataset.select(range(min(options.pop("limit"), len(rows.dataset))))
-        prompts = [row["input_ids"][: last_span(row["labels"])[0]] for row in some]
-        longest = context_length(trainer.model) - options["max_new_tokens"]
+        options = asdict(self.arguments.evaluate)
+        room = {"limit": options.pop("limit"), "max_new_tokens": options["max_new_tokens"]}
+        prompts = row_prompts(trainer, prompt_ids, **room, context=context_length(trainer.model))
         models = {"base": self.arguments.model, "trained": str(self.directory.path / "final.tmp")}
         if self.args.from_scratch:
             del models["base"]
         return {
             name: jacobi(
                 model,
-                [ids for ids in prompts if len(ids) <= longest],
+                prompts,
                 tokenizer=trainer.processing_class,
                 block_size=min(self.args.block_size, options["max_new_tokens"]),
                 seed=self.args.seed,

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from kdlib.cli.run_directory import RunDirectory
-from kdlib.eval.acceptance_report import interval_text
 from kdlib.eval.acceptance_statistics import Estimate
+from kdlib.eval.report_parts import interval_text
 
 
 def measured_rows(directory: RunDirectory) -> list[list[str]]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -166,3 +166,11 @@ def _takes(hint: Any, kind: type) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_takes(part, kind) for part in get_args(hint))
     return (get_origin(hint) or hint) is kind
+
+
+def check_least(options: Any, least: Mapping[str, int]) -> None:
+    """ValueError for the first of these options that is below its least value; None is no value."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, not {value}")

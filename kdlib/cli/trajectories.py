@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from kdlib.cli.parsing import parse
+from kdlib.cli.parsing import check_least, parse
+from kdlib.cli.shards import say_start
 from kdlib.cli.stoppable import run_stoppable
 from kdlib.samplers.config import RolloutConfig
 
@@ -95,10 +96,7 @@ class TrajectoriesArguments:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (dict.fromkeys(COUNTS, 1) | AT_LEAST).items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+        check_least(self, dict.fromkeys(COUNTS, 1) | AT_LEAST)
         if self.rollout.temperature not in (0.0, 1.0) or self.rollout.top_p < 1 or self.rollout.top_k:
             raise ValueError("rollout.temperature, top_p and top_k: the output is always the greedy one, leave them out")
         self.rollout = replace(self.rollout, temperature=0.0)
@@ -124,9 +122,10 @@ def _written(a: TrajectoriesArguments) -> int:
 
     source = source_of(a, loaded=True)
     prompts = prompts_of(a, source)
-    writer = _writer(a, prompts, source)
-    _say(prompts, writer)
     with ExitStack() as stack:
+        writer = _writer(a, prompts, source)
+        stack.callback(writer.close)
+        say_start(prompts, writer)
         if writer.missing:
             model = source.load(a)
             check_streams(model, role="model")
@@ -153,16 +152,3 @@ def _writer(a: TrajectoriesArguments, prompts: Prompts, source: Source) -> Traje
         rows_per_shard=a.rows_per_shard,
         overwrite=a.overwrite,
     )
-
-
-def _say(prompts: Prompts, writer: TrajectoryWriter) -> None:
-    """What is about to happen, and what was left out of it."""
-    log = Console(stderr=True, soft_wrap=True, highlight=False)
-    left_out = [f"{count} x {reason}" for reason, count in prompts.skipped.items()]
-    left_out += [f"{prompts.duplicates} x a prompt that an earlier row has"] if prompts.duplicates else []
-    line = f"{len(prompts):,} prompts, {writer.index.n_shards} shards"
-    log.print(f"{line}; rows left out: {', '.join(left_out)}" if left_out else line, markup=False)
-    for number, problem in writer.damaged.items():
-        log.print(f"shard {number} is {problem}; it is written again", markup=False)
-    if writer.index.shards:
-        log.print(f"{len(writer.index.shards)} shards are there already", markup=False)

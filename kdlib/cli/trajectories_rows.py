@@ -30,9 +30,7 @@ class TokenPrompts(Prompts):
 
 def prompts_of(a: TrajectoriesArguments, source: Source) -> Prompts:
     """The distinct usable prompts of the data set; ValueError when there are none."""
-    rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
-    if a.limit is not None:
-        rows = rows.select(range(min(a.limit, len(rows))))
+    rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config, limit=a.limit)
     longest = min((limit for limit in (a.max_prompt_length, source.longest_prompt) if limit is not None), default=None)
     if {"input_ids", "labels"} <= set(rows.column_names) and not set(COLUMNS) & set(rows.column_names):
         return _token_prompts(rows, longest=longest)

@@ -33,13 +33,14 @@ def load_rows(
     split: str = "train",
     config: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    limit: int | None = None,
 ) -> Dataset:
     """The rows of ``dataset_name``: .jsonl, .json, .csv, .parquet or .txt (a row per line), a glob of them, a
     saved directory, one of ``kdlib trajectories``, or a Hub id.
 
     Files form the split "train"; ``split`` may slice it ("train[:100]"). ``config`` names a Hub dataset's
-    configuration; ``tokenizer`` is the one that trajectories have to be of. Raises FileNotFoundError for a path
-    that does not exist and ValueError for what cannot be read or has no rows, in one line.
+    configuration; ``tokenizer`` is the one that trajectories have to be of; ``limit`` keeps the first rows.
+    Raises FileNotFoundError for a path that does not exist and ValueError for what cannot be read or has no rows, in one line.
     """
     path = Path(dataset_name).expanduser()
     if is_trajectories(path):
@@ -56,7 +57,7 @@ def load_rows(
         rows = _from_hub(dataset_name, split, config)
     if len(rows) == 0:
         raise ValueError(f"dataset {dataset_name} ({split}) is empty: nothing to train on")
-    return rows
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def _matches(pattern: str) -> list[Path]:

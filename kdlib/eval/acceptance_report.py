@@ -15,7 +15,9 @@ from kdlib.eval.acceptance_figures import Results, decoded_figures, expected_fig
 from kdlib.eval.acceptance_measurement import AcceptanceResult
 from kdlib.eval.acceptance_statistics import Estimate
 from kdlib.eval.acceptance_timing import Speed, pays_line
+from kdlib.eval.report_parts import closing_sections, interval_text, notes, terminal_table
 
+EXPECTED = ("draft", "draft_sample_method", "acceptance_rate", "mean over prompts", "tokens")
 HEADER = (
     "draft",
     "draft_sample_method",
@@ -43,16 +45,8 @@ COUNTED = (
 )
 
 
-def interval_text(estimate: Estimate, digits: int = 3) -> str:
-    """``0.712 [0.690, 0.733]``"""
-    value = f"{estimate.value:.{digits}f}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
 def expected_rows(results: Results) -> list[list[str]]:
-    """Draft, way of drafting, acceptance_rate, mean over prompts, tokens."""
+    """The cells of EXPECTED for every way of drafting."""
     return [
         [name, way, interval_text(e.acceptance_rate), interval_text(e.mean_over_prompts), f"{e.tokens:,}"]
         for name, result in results.items()
@@ -91,21 +85,14 @@ def _cells(name: str, found: Decoded, speed: Speed | None) -> list[str]:
 
 def tables(results: Results) -> list[RichTable]:
     """Expected acceptance, then speculative decoding, for the terminal."""
-    expected = RichTable(title="expected acceptance", title_justify="left", caption_justify="left")
-    for column in ("draft", "draft_sample_method", "acceptance_rate", "mean over prompts", "tokens"):
-        expected.add_column(column, justify="left" if column.startswith("draft") else "right")
-    for row in expected_rows(results):
-        expected.add_row(*row)
-    decoded = RichTable(
+    expected = terminal_table(EXPECTED, expected_rows(results), title="expected acceptance", left=2)
+    decoded = terminal_table(
+        HEADER,
+        decoded_rows(results),
         title="speculative decoding",
-        title_justify="left",
+        left=2,
         caption="acceptance_length with the bonus token; per position unconditional; 95% intervals over prompts",
-        caption_justify="left",
     )
-    for index, column in enumerate(HEADER):
-        decoded.add_column(column, justify="left" if index < 2 else "right")
-    for row in decoded_rows(results):
-        decoded.add_row(*row)
     return [expected, decoded]
 
 
@@ -137,7 +124,7 @@ def check_lines(result: AcceptanceResult) -> list[str]:
 def acceptance_sections(results: Results) -> list[page.Section]:
     """Plots and tables of what was expected and counted, what they mean, and what they count."""
     expected = page.Table(
-        header=["draft", "draft_sample_method", "acceptance_rate", "mean over prompts", "tokens"],
+        header=EXPECTED,
         rows=expected_rows(results),
         numeric=range(2, 5),
         caption="Of the next token, on responses sampled from the target.",
@@ -146,8 +133,8 @@ def acceptance_sections(results: Results) -> list[page.Section]:
     return [
         page.Section(title="Expected acceptance", blocks=[*expected_figures(results), expected]),
         page.Section(title="Speculative decoding", blocks=[*decoded_figures(results), decoded]),
-        page.Section(title="Findings", blocks=[page.Notes(items=lines(results))] if lines(results) else []),
-        page.Section(title="What is counted", blocks=[page.Notes(items=COUNTED)]),
+        notes("Findings", lines(results)),
+        notes("What is counted", COUNTED),
     ]
 
 
@@ -155,18 +142,12 @@ def write_acceptance_page(path: str | os.PathLike[str], results: Results) -> Pat
     """The page with all drafts, the last one as the subject; returns its path."""
     name, result = list(results.items())[-1]
     settings = {**result.settings, "draft": ", ".join(results), "prompts": len(result.prompts)}
-    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
-    rows = [[key, str(value)] for key, value in settings.items()]
     return page.write_page(
         path,
         title=f"Acceptance of {name}",
         lead=f"What {result.settings['target']} keeps of its drafts on {len(result.prompts):,} prompts.",
         headline=page.Numbers(items=_headline(result)),
-        sections=[
-            *acceptance_sections(results),
-            page.Section(title="Settings", blocks=[page.Table(header=["option", "value"], rows=rows)]),
-            page.Section(title="Prompts left out", blocks=[page.Notes(items=left_out)] if left_out else []),
-        ],
+        sections=[*acceptance_sections(results), *closing_sections(settings, result.prompts)],
     )
 
 

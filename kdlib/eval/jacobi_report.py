@@ -9,15 +9,14 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 from kdlib.eval import page
-from kdlib.eval.acceptance_report import interval_text
 from kdlib.eval.acceptance_statistics import Estimate, ratio_change
 from kdlib.eval.jacobi_counted import COUNTED
 from kdlib.eval.jacobi_figures import Results, block_figures, iteration_figures
 from kdlib.eval.jacobi_measurement import JacobiResult
+from kdlib.eval.report_parts import closing_sections, interval_text, notes, terminal_table
 
 RESAMPLES = 2000
-HEADER = (
-    "model",
+MEASURES = (
     "tokens per forward",
     "iterations per block",
     "fast-forward",
@@ -30,15 +29,14 @@ HEADER = (
 
 
 def jacobi_rows(results: Results) -> list[list[str]]:
-    """The cells of HEADER for every model."""
-    return [_cells(name, result) for name, result in results.items()]
+    """A row for each of MEASURES: its name, and what it is for every model."""
+    return [list(row) for row in zip(MEASURES, *map(_cells, results.values()), strict=True)]
 
 
-def _cells(name: str, result: JacobiResult) -> list[str]:
+def _cells(result: JacobiResult) -> list[str]:
     t, a, speed = result.trajectories, result.agreement, result.timing
     kept = [""] * 3 if t is None else [interval_text(e, 2) for e in (t.fast_forward, t.fast_forwarded, t.stationary)]
     return [
-        name,
         interval_text(result.tokens_per_forward),
         interval_text(result.iterations_per_block, 2),
         *kept,
@@ -52,18 +50,13 @@ def jacobi_table(results: Results) -> RichTable:
     """One or several models, for the terminal."""
     result = next(iter(results.values()))
     title = f"Jacobi decoding, block_size {result.settings['block_size']}, max_new_tokens {result.settings['max_new_tokens']}"
-    table = RichTable(
+    return terminal_table(
+        ["", *results],
+        jacobi_rows(results),
         title=title,
-        title_justify="left",
         caption="tokens per forward: (new tokens - 1) / passes, the prompt's left out; greedy decoding is 1. "
         "greedy tokens: prompts whose tokens are those of greedy decoding. 95% intervals over prompts",
-        caption_justify="left",
     )
-    for index, column in enumerate(HEADER):
-        table.add_column(column, justify="right" if index else "left")
-    for row in jacobi_rows(results):
-        table.add_row(*row)
-    return table
 
 
 def jacobi_lines(results: Results) -> list[str]:
@@ -110,12 +103,12 @@ def change_of(after: JacobiResult, before: JacobiResult) -> Estimate:
 
 def jacobi_sections(results: Results) -> list[page.Section]:
     """Plots, tables, what they mean, and what they count."""
-    table = page.Table(header=HEADER, rows=jacobi_rows(results), numeric=range(1, len(HEADER)))
+    table = page.Table(header=["", *results], rows=jacobi_rows(results), numeric=range(1, 1 + len(results)))
     return [
         page.Section(title="Tokens per forward", blocks=[*block_figures(results), table]),
         page.Section(title="Iterations per block", blocks=[*iteration_figures(results)]),
-        page.Section(title="Findings", blocks=[page.Notes(items=lines)] if (lines := jacobi_lines(results)) else []),
-        page.Section(title="What is counted", blocks=[page.Notes(items=[f"{k}: {text}" for k, text in COUNTED.items()])]),
+        notes("Findings", jacobi_lines(results)),
+        notes("What is counted", [f"{name}: {text}" for name, text in COUNTED.items()]),
     ]
 
 
@@ -123,21 +116,13 @@ def write_jacobi_page(path: str | os.PathLike[str], results: Results, *, more: S
     """The page with all models, the last one as the subject, and ``more`` sections after the findings; returns its path."""
     name, result = list(results.items())[-1]
     settings = {**result.settings, "model": ", ".join(results), "prompts": len(result.prompts)}
-    left_out = [f"{count} x {reason}" for reason, count in result.prompts.left_out.items()]
     *found, counted = jacobi_sections(results)
-    rows = [[key, str(value)] for key, value in settings.items()]
     return page.write_page(
         path,
         title=f"Jacobi decoding of {name}",
         lead=f"How many tokens a forward pass gives on {len(result.prompts):,} prompts.",
         headline=page.Numbers(items=_headline(results)),
-        sections=[
-            *found,
-            *more,
-            counted,
-            page.Section(title="Settings", blocks=[page.Table(header=["option", "value"], rows=rows)]),
-            page.Section(title="Prompts left out", blocks=[page.Notes(items=left_out)] if left_out else []),
-        ],
+        sections=[*found, *more, counted, *closing_sections(settings, result.prompts)],
     )
 
 

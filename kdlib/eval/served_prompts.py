@@ -12,11 +12,10 @@ def served_prompts(name: str, *, limit: int | None = None) -> list[Asked]:
 
     ValueError when it has no column of prompts, or a row has none.
     """
-    rows = load_rows(name)
+    rows = load_rows(name, limit=limit)
     prompt_column(rows, name=name)
-    chosen = rows if limit is None else rows.select(range(min(limit, len(rows))))
     prompts = []
-    for number, row in enumerate(chosen, start=1):
+    for number, row in enumerate(rows, start=1):
         try:
             prompts.append(asked(row))
         except BadRowError as error:

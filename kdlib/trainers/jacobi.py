@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,14 @@ from kdlib.data.jacobi.layout import AR, CONSISTENCY
 from kdlib.head import Head
 from kdlib.kernels import linear_objective
 from kdlib.models import check_streams, evaluating, hidden_states
-from kdlib.objectives import CrossEntropy, ForwardKL, RowObjective
-from kdlib.teachers import HFTeacher, SelfTeacher, resolve_teacher
+from kdlib.objectives import CrossEntropy, ForwardKL
+from kdlib.teachers import SelfTeacher, resolve_teacher
 from kdlib.trainers import jacobi_states, setup
 from kdlib.trainers.distillation import Batch, DistillationTrainer
+from kdlib.trainers.jacobi_checks import check_objective, check_stored, check_teacher, state_source
 from kdlib.trainers.jacobi_config import JacobiConfig
-from kdlib.types import Loss, Positions, StudentSignal, TeacherSignal
-
-STORED = {"changed", "block_size", "prompt_length"}  # columns that rows with states have
+from kdlib.trainers.jacobi_terms import joined, teacher_reads_text
+from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 
 class JacobiTrainer(DistillationTrainer):
@@ -59,30 +59,17 @@ class JacobiTrainer(DistillationTrainer):
     ) -> None:
         args = args or JacobiConfig(output_dir=setup.default_output_dir(model))
         objective = objective or ForwardKL()
-        if not isinstance(objective, RowObjective):
-            raise ValueError(f"consistency is a divergence between rows: {type(objective).__name__} is no row objective")
-        if objective.reads_drawn:
-            raise ValueError(
-                f"{type(objective).__name__} learns from tokens that were drawn, which states are not: use ForwardKL"
-            )
+        check_objective(objective)
         teacher = resolve_teacher(teacher, args.teacher_options) or SelfTeacher()
-        if not isinstance(teacher, SelfTeacher | HFTeacher):
-            raise ValueError(
-                "consistency needs whole distributions on the text as it is: the student itself (no teacher), "
-                "SelfTeacher or a model run in this process"
-            )
-        if args.ar_labels == "teacher" and isinstance(teacher, SelfTeacher) and teacher.kind == "student":
-            raise ValueError("ar_labels teacher needs a teacher with weights of its own: a path, or SelfTeacher of kind ema")
-        if isinstance(teacher, HFTeacher) and args.consistency == "local":
-            check_streams(teacher.model, role="teacher")
+        check_teacher(teacher, args)
         tokenizer = processing_class or setup.student_tokenizer(model, args)
         if isinstance(train_dataset, str):
             train_dataset = load_rows(train_dataset, tokenizer=tokenizer)
         rows = setup.prepared(train_dataset, tokenizer, args, packing=False, training=True)
-        self.state_source = _source(args, rows)
+        self.state_source = state_source(args, rows)
         eval_rows = setup.prepared(eval_dataset, tokenizer, args, packing=False)
         if self.state_source == "stored" and eval_rows is not None:
-            _check_stored(args, eval_rows, what="evaluation rows")
+            check_stored(args, eval_rows, what="evaluation rows")
         super().__init__(
             model,
             teacher,
@@ -132,7 +119,7 @@ class JacobiTrainer(DistillationTrainer):
         )
         made |= {"sample_id": batch["sample_id"]}
         if not self._own_teacher and self.args.consistency == "global":
-            made = _teacher_reads_text(made, batch)
+            made = teacher_reads_text(made, batch)
         positions = {name: where.to(self.accelerator.device) for name, where in made.pop("positions").items()}
         return {**send_to_device(made, self.accelerator.device), "positions": positions}
 
@@ -155,7 +142,7 @@ class JacobiTrainer(DistillationTrainer):
         assert self.teacher is not None
         where = [batch["positions"][name] for name in names]
         with self._watch.part("teacher"), self.accelerator.autocast():
-            every = self.teacher.signal(batch, _joined(where))  # one pass of the teacher for both terms
+            every = self.teacher.signal(batch, joined(where))  # one pass of the teacher for both terms
         assert every.hidden is not None
         parts = every.hidden.split([len(positions) for positions in where])
         return found | {name: replace(every, hidden=rows) for name, rows in zip(names, parts, strict=True)}
@@ -180,44 +167,3 @@ class JacobiTrainer(DistillationTrainer):
         name, objective = ("cross_entropy", CrossEntropy()) if signal is None else ("kl_forward", ForwardKL())
         loss = linear_objective(student, signal, objective)
         return replace(loss, metrics={f"ar/{name}": (loss.sum.detach(), loss.count)} if self._watching else {})
-
-
-def _joined(parts: Sequence[Positions]) -> Positions:
-    """The rows of several terms, one after another."""
-    names = ("index", "labels", "sequence", "teacher_index")
-    return Positions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-def _teacher_reads_text(made: Batch, batch: Batch) -> Batch:
-    """A teacher of its own needs no states: it reads the first columns, which are the text."""
-    S, width = batch["input_ids"].shape[1], made["input_ids"].shape[1]
-    positions = {
-        name: replace(where, teacher_index=where.teacher_index // width * S + where.teacher_index % width)
-        for name, where in made["positions"].items()
-    }
-    text = {"teacher_input_ids": batch["input_ids"], "teacher_attention_mask": batch["attention_mask"]}
-    return {**made, **text, "positions": positions}
-
-
-def _source(args: JacobiConfig, rows: Any) -> str:
-    """Where states come from; ValueError for rows that do not have what the options ask for."""
-    columns = set() if rows is None else set(rows.dataset.column_names)
-    found = args.state_source
-    if found == "auto":
-        found = "stored" if columns >= STORED and not args.on_policy_fraction else "student"
-    if found == "stored" and rows is not None:
-        _check_stored(args, rows, what="rows")
-    if args.ar_labels in ("dataset", "mixed") and "reference_ids" not in columns:
-        raise ValueError(f"ar_labels {args.ar_labels} needs rows of kdlib trajectories jacobi, which keep the data set's own")
-    return found
-
-
-def _check_stored(args: JacobiConfig, rows: Any, *, what: str) -> None:
-    if not set(rows.dataset.column_names) >= STORED:
-        raise ValueError(
-            f"state_source stored: the {what} have no states; make them with kdlib trajectories jacobi, or use student"
-        )
-    if (sizes := set(rows.dataset["block_size"])) != {args.block_size}:
-        raise ValueError(
-            f"the {what}' states are of block_size {sorted(sizes)}, not {args.block_size}: set block_size to theirs"
-        )

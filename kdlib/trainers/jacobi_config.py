@@ -64,7 +64,7 @@ class JacobiConfig(DistillationConfig):
     states_per_block: int = 1
     blocks_per_row: int | None = None
     consistency_weight: float = 1.0
-    ar_weight: float = 1.0
+    ar_weight: float = 10.0
     ar_labels: Labels = "trajectory"
     max_distance: float = 0.5
 

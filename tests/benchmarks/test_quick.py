@@ -101,7 +101,7 @@ def test_jacobi_compares_before_and_after(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = dict(re.findall(r"^\| (before training|Jacobi Forcing) \|(.*)\|$", report.read_text(), flags=re.MULTILINE))
     assert lines.keys() == {"before training", "Jacobi Forcing"}
-    assert all("4 of 4" in line for line in lines.values()), lines  # Jacobi decoding gives greedy decoding's tokens
+    assert all("8 of 8" in line for line in lines.values()), lines  # Jacobi decoding gives greedy decoding's tokens
     assert "tokens per forward" in report.with_suffix(".svg").read_text()
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from kdlib.cli.draft import DraftRun
 from kdlib.cli.parsing import parse
 from kdlib.cli.recipes import recipes
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, conversation, write_rows
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 MEASURE = {"evaluate.limit": 4, "evaluate.max_new_tokens": 8, "evaluate.num_speculative_tokens": "2"}
@@ -35,6 +35,20 @@ def test_a_run_ends_with_what_its_target_accepts(kdlib: Command, options: dict[s
     assert metrics(run)[0]["draft_tokens"] == metrics(run)[0]["target_tokens"] > 0
     assert f"next    kdlib export draft --draft {run / 'final'}" in done.out
     assert kdlib("draft", **options, **MEASURE, objective="LKHybrid").code == 0
+
+
+def test_prompts_without_room_are_no_reason_to_lose_the_run(kdlib: Command, options: dict[str, Any], tmp_path: Path) -> None:
+    """In a context of 512 tokens: one prompt of four is too long, then all are."""
+    rows = [conversation("plus " * (500 if i == 1 else 2), f"It is {i}.") for i in range(4)]
+    words = {**options, **MEASURE, "max_steps": 1, "dataset_name": write_rows(tmp_path / "rows.jsonl", rows)}
+    for tokens, prompts in ((8, 3), (511, 0)):
+        run = tmp_path / str(tokens)
+        done = kdlib("draft", **{**words, "output_dir": run, "evaluate.max_new_tokens": tokens})
+        assert done.code == 0, done.err
+        assert (run / "final" / "model.safetensors").is_file()
+        assert ("acceptance is not measured: there are no prompts" in done.err) == (prompts == 0)
+        if prompts:
+            assert json.loads((run / "eval" / "acceptance.json").read_text())["prompts"] == prompts
 
 
 def test_adaspec_trains_its_reference_first_and_once(kdlib: Command, options: dict[str, Any]) -> None:

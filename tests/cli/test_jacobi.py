@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kdlib.cli.measured import measured_rows
+from kdlib.cli.run_directory import RunDirectory
 from tests.cli.conftest import Command, conversation, tree, write_rows
 
 MEASURE = {"evaluate.limit": 4, "evaluate.max_new_tokens": 8, "evaluate.batch_size": 2, "evaluate.timing": "false"}
@@ -36,6 +38,11 @@ def test_a_run_ends_with_tokens_per_forward_before_and_after(kdlib: Command, wor
         assert 1.0 <= result["tokens_per_forward"]["value"] <= 4.0
         assert result["agreement"]["identical"] == 4, "decoded as greedy decoding would"
     assert "tokens per forward" in (run / "report.html").read_text()
+    card = (run / "final" / "README.md").read_text()
+    for result, what in ((found["base"], "tokens per forward, before"), (found["trained"], "tokens per forward")):
+        said = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**result["tokens_per_forward"])
+        assert f"| {what} | {said} | 4 |" in card
+        assert any(what in line and f"{said} (n=4)" in line for line in done.out.splitlines())
     assert {"ar/cross_entropy", "kl_forward", "scored_tokens"} <= metrics(run)[0].keys()
     assert AutoModelForCausalLM.from_pretrained(run / "final").config.model_type == "llama"
     assert f"next    kdlib evaluate jacobi --model {run / 'final'} --base {words['model']} --block_size 4" in done.out
@@ -46,6 +53,21 @@ def test_a_run_ends_with_tokens_per_forward_before_and_after(kdlib: Command, wor
     changed = kdlib("jacobi", **words, **MEASURE, report_to="none", schedule="progressive")
     assert changed.code == 2 and "schedule: uniform -> progressive" in changed.err
     assert len(changed.err.strip().splitlines()) == 1 and tree(run / "final") == before
+
+
+def test_what_was_measured_becomes_rows(tmp_path: Path) -> None:
+    """Acceptance and tokens per forward where their files are there; an estimate without bounds has no interval."""
+    assert measured_rows(RunDirectory(tmp_path)) == []
+    (tmp_path / "eval").mkdir()
+    one = {"prompts": 1, "tokens_per_forward": {"value": 1.23456, "low": None, "high": None}}
+    (tmp_path / "eval" / "jacobi.json").write_text(json.dumps({"trained": one}))
+    assert measured_rows(RunDirectory(tmp_path)) == [["tokens per forward", "1.235", "1"]]
+    length = {"value": 2.5, "low": 2.0, "high": 3.0}
+    way = {"num_speculative_tokens": 3, "draft_sample_method": "greedy", "acceptance_length": length}
+    (tmp_path / "eval" / "acceptance.json").write_text(json.dumps({"prompts": 7, "empirical": [way]}))
+    first, second = measured_rows(RunDirectory(tmp_path))
+    assert first == ["acceptance_length, 3 speculative tokens, greedy draft", "2.500 [2.000, 3.000]", "7"]
+    assert second == ["tokens per forward", "1.235", "1"]
 
 
 def test_prompts_without_room_are_no_reason_to_lose_the_run(kdlib: Command, words: dict[str, Any], tmp_path: Path) -> None:

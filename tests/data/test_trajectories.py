@@ -86,10 +86,12 @@ def begun(directory: Path, **changes: Any) -> TrajectoryWriter:
 
 
 def write(writer: TrajectoryWriter, shards: list[int]) -> None:
+    """Writes these shards, and lets another writer begin."""
     for shard in shards:
         rows = rows_of(writer.prompts(shard))
         counts = {"tokens": 2 * len(rows), "iterations": 2 * len(rows), "forwards": 2, "block_by_block": 4 * len(rows)}
         writer.write(shard, Written(rows=rows, **counts, dropped_blocks={"other": len(rows)}))
+    writer.close()
 
 
 @pytest.fixture
@@ -150,11 +152,33 @@ def test_damage_is_named_and_written_again(finished: Path, damage: str) -> None:
 
 def test_changed_settings_are_named_and_overwriting_starts_anew(finished: Path) -> None:
     before = tree(finished)
-    with pytest.raises(ValueError, match=r"\(block_size: 4 -> 8; seed: 0 -> 1; init: None -> last\).*--overwrite true"):
+    with pytest.raises(ValueError, match=r"\(block_size: 4 -> 8; seed: 0 -> 1; init: null -> last\).*--overwrite true"):
         begun(finished, block_size=8, seed=1, init="last")
     assert tree(finished) == before
     assert begun(finished, seed=1, overwrite=True).missing == [0, 1, 2]
     assert [path.name for path in finished.iterdir()] == ["index.json"]
+
+
+def test_two_processes_do_not_write_to_one_directory(tmp_path: Path) -> None:
+    first = begun(tmp_path)
+    with pytest.raises(ValueError, match="another kdlib trajectories jacobi is writing"):
+        begun(tmp_path, overwrite=True)
+    first.close()
+    begun(tmp_path).close()
+
+
+def test_an_index_that_is_damaged_or_of_another_version_is_refused(finished: Path) -> None:
+    index = finished / "index.json"
+    whole = index.read_text()
+    changes = {
+        "has format 2, this kdlib reads 1": whole.replace('"format_version": 1', '"format_version": 2'),
+        "is damaged .* --overwrite true": whole[:-10],
+        "is damaged .*'settings'": whole.replace('"settings"', '"options"'),
+    }
+    for message, content in changes.items():
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            begun(finished)
 
 
 def test_other_directories_are_left_alone(tmp_path: Path) -> None:
@@ -178,5 +202,6 @@ def test_another_tokenizer_and_no_rows_at_all_are_refused(finished: Path, tmp_pa
         read_trajectories(finished, tokenizer=tiny_tokenizer(vocab_size=300))
     empty = TrajectoryWriter(tmp_path / "empty", SETTINGS, prompts=1, rows_per_shard=1)
     empty.write(0, Written(rows=[], tokens=0, iterations=0, forwards=1, block_by_block=4, dropped_rows={"no block left": 1}))
+    empty.close()
     with pytest.raises(ValueError, match=r"no row .* was kept: .*no block left"):
         read_trajectories(tmp_path / "empty")

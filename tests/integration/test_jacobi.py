@@ -18,7 +18,8 @@ from kdlib.decoding import jacobi_generate
 from kdlib.objectives import CrossEntropy
 from tests.integration.runs import SINGLE, TORCHRUN, Material, completed, distill, material, metrics, values
 from tests.tiny import tiny_llama
-from tests.trainers.jacobi_plain import jacobi_trainer, trajectories
+from tests.trainers.jacobi_plain import trajectories
+from tests.trainers.jacobi_steps import jacobi_trainer
 from tests.trainers.small import V, trainer_of
 
 COMMON = ["--block_size", "4", "--evaluate.limit", "0", "--logging_steps", "1", "--learning_rate", "1e-3"]

@@ -1,21 +1,17 @@
-"""Rows with stored trajectories, a trainer on them, and consistency training computed one block at a time."""
+"""Rows with stored trajectories, and consistency training computed one block at a time."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from kdlib.data.draft import sample_id
-from kdlib.trainers import JacobiConfig, JacobiTrainer
-from tests.tiny import tiny_llama, tiny_tokenizer
-from tests.trainers.small import PlainLoss, V, cross_entropy, settings_of
+from tests.trainers.small import PlainLoss, V, cross_entropy, forward_kl
 
 N = 4  # block_size
 States = list[list[int]]
@@ -86,20 +82,6 @@ def trajectories(*, seed: int = 0, lengths: Sequence[int] = (13, 8, 3, 10), **ho
     return [trajectory(rng, prompt=2 + 3 * (i % 3), completion=length, **how) for i, length in enumerate(lengths)]
 
 
-def double(seed: int = 0, **config: Any) -> Any:
-    return tiny_llama(V, seed=seed, **config).double()
-
-
-def jacobi_trainer(
-    directory: Path, rows: Sequence[Trajectory] | Dataset, *, config: dict[str, Any] | None = None, **given: Any
-) -> JacobiTrainer:
-    """A trainer of a tiny float64 student; one step over all rows unless ``config`` says otherwise."""
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([row.row() for row in rows])
-    options = {"block_size": N, "per_device_train_batch_size": len(dataset), "max_grad_norm": 1e9, **(config or {})}
-    arguments = {"model": double(), "processing_class": tiny_tokenizer(), **given}
-    return JacobiTrainer(**arguments, args=settings_of(JacobiConfig, directory, **options), train_dataset=dataset)
-
-
 def first(number: int, states: States) -> int | None:
     """What the uniform schedule picks where a block has one state beside its text."""
     return 0 if len(states) > 1 else None
@@ -167,13 +149,24 @@ def plain_consistency(
 
 
 def plain_ar(
-    student: nn.Module, rows: Sequence[Trajectory], *, replaced: Callable[[Trajectory], bool] = lambda row: False
+    student: nn.Module,
+    rows: Sequence[Trajectory],
+    *,
+    replaced: Callable[[Trajectory], bool] = lambda row: False,
+    teacher: nn.Module | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of the completions, or of the references in their place."""
+    """Mean cross-entropy of the completions, or of the references in their place; forward KL to a ``teacher`` that is given."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows:
         completion = row.reference if replaced(row) else row.completion
         labels = torch.tensor(completion)
-        q = logits(student, row.prompt + completion)[len(row.prompt) - 1 : -1].log_softmax(-1)
-        total, count = total + cross_entropy(q, q, labels).sum(), count + len(labels)
+        ids, scored = row.prompt + completion, slice(len(row.prompt) - 1, -1)
+        q = logits(student, ids)[scored].log_softmax(-1)
+        if teacher is None:
+            found = cross_entropy(q, q, labels)
+        else:
+            with torch.no_grad():
+                p = logits(teacher, ids)[scored].log_softmax(-1)
+            found = forward_kl(p, q, labels)
+        total, count = total + found.sum(), count + len(labels)
     return total / count

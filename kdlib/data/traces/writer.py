@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from kdlib.data.traces.index import INDEX_FILE, Shard, Skipped, TraceIndex
-from kdlib.data.traces.reader import damage, shard_file
+from kdlib.data.shard_writer import ShardWriter
+from kdlib.data.traces.index import Shard, Skipped, TraceIndex
 from kdlib.files import write_whole
-
-WRITTEN = ("shard-*.jsonl*", "correct.jsonl*", "incorrect.jsonl*", "report.*", "metrics.jsonl", INDEX_FILE + "*")
 
 Trace = dict[str, Any]
 
@@ -30,59 +27,31 @@ class Batch:
     skipped: Sequence[Skipped]
 
 
-class TraceWriter:
+class TraceWriter(ShardWriter[TraceIndex]):
     """Shard i holds ``rows_per_shard`` prompts, answered ``prompts_per_batch`` at a time.
 
     ``batches(shard)`` are the prompts of each batch, ``kept(shard)`` those that an earlier run left in the shard's
-    ``.partial.jsonl``, to which ``append`` adds one; ``finish`` writes the shard whole and lists it. A directory of the same
-    ``settings`` is continued: ``missing`` names the shards still to write. Raises ValueError naming the changed settings
-    otherwise, for a directory of something else, and while another process writes there.
+    ``.partial.jsonl``, to which ``append`` adds one; ``finish`` writes the shard whole and lists it. ``options``: those of
+    ``ShardWriter``.
     """
+
+    index_class = TraceIndex
 
     def __init__(
         self,
         directory: str | Path,
         settings: Mapping[str, Any],
         *,
-        prompts: int,
-        rows_per_shard: int,
         prompts_per_batch: int,
-        overwrite: bool = False,
+        **options: Any,
     ) -> None:
-        self.directory, self.prompts_per_batch = Path(directory), prompts_per_batch
-        _check_directory(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.directory)
-        try:
-            if overwrite:
-                _delete(self.directory)
-            shards = _earlier(self.directory, settings)
-        except BaseException:
-            self.close()
-            raise
-        self.damaged = {number: problem for number, shard in shards.items() if (problem := damage(self.directory, shard))}
-        self.index = TraceIndex(
-            settings=settings,
-            prompts=prompts,
-            rows_per_shard=rows_per_shard,
-            shards={number: shard for number, shard in shards.items() if number not in self.damaged},
-        )
-        self.index.save(self.directory)
-
-    def close(self) -> None:
-        """Lets another process write here."""
-        os.close(self._lock)
-
-    @property
-    def missing(self) -> list[int]:
-        """The shards still to be written, in order."""
-        return [i for i in range(self.index.n_shards) if i not in self.index.shards]
+        self.prompts_per_batch = prompts_per_batch
+        super().__init__(directory, settings, **options)
 
     def batches(self, shard: int) -> list[range]:
         """The prompts of each batch of a shard: always the same, because a batch's numerics depend on what is in it."""
-        start = shard * self.index.rows_per_shard
-        end = min(start + self.index.rows_per_shard, self.index.prompts)
-        return [range(i, min(i + self.prompts_per_batch, end)) for i in range(start, end, self.prompts_per_batch)]
+        prompts, size = self.prompts(shard), self.prompts_per_batch
+        return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
     def kept(self, shard: int) -> list[Batch]:
         """The batches that a stopped run left of this shard; a last line that it did not finish is cut off the file."""
@@ -108,7 +77,7 @@ class TraceWriter:
         write_whole(self.directory / shard_file(shard), content)
         made = Shard(
             file=shard_file(shard),
-            prompts=sum(len(prompts) for prompts in self.batches(shard)),
+            prompts=len(self.prompts(shard)),
             traces=len(traces),
             bytes=len(content),
             xxh3_128=xxhash.xxh3_128_hexdigest(content),
@@ -122,36 +91,8 @@ class TraceWriter:
         return self.directory / shard_file(shard).replace(".jsonl", ".partial.jsonl")
 
 
-def _check_directory(directory: Path) -> None:
-    """ValueError where traces would be written among other files."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output_dir {directory} is a file: choose a directory")
-    others = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    if others and INDEX_FILE not in others:
-        raise ValueError(
-            f"{directory} is not empty and holds no traces ({', '.join(others[:3])} ...): choose another output_dir"
-        )
-
-
-def _earlier(directory: Path, settings: Mapping[str, Any]) -> Mapping[int, Shard]:
-    """The finished shards of an earlier run with the same settings."""
-    if not (directory / INDEX_FILE).is_file():
-        return {}
-    held = TraceIndex.load(directory)
-    changed = held.changes(settings)
-    if changed:
-        raise ValueError(
-            f"{directory} holds traces made with other options ({'; '.join(changed)}): type them as they were to continue, "
-            "choose another output_dir, or add --overwrite true"
-        )
-    return held.shards
-
-
-def _delete(directory: Path) -> None:
-    """Only what a run writes; the index goes last, so that a stop in between leaves a directory that is known."""
-    for pattern in WRITTEN:
-        for path in directory.glob(pattern):
-            path.unlink()
+def shard_file(number: int) -> str:
+    return f"shard-{number:05d}.jsonl"
 
 
 def append_line(path: Path, content: Any) -> None:
@@ -199,16 +140,3 @@ def _batch(line: bytes) -> Batch | None:
         return Batch(traces=content["traces"], skipped=[Skipped(**skipped) for skipped in content["skipped"]])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-
-
-def _locked(directory: Path) -> int:
-    """A descriptor that only one process has; the system frees it when the process ends, however it ends."""
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(
-            f"another kdlib generate is writing to {directory}: wait for it, or choose another output_dir"
-        ) from None
-    return lock

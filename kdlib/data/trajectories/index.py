@@ -1,32 +1,28 @@
-"""``index.json``: what the trajectories in a directory are made of, and which shards are safely on disk."""
+"""What the trajectories in a directory are made of, and which shards are safely on disk."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from kdlib.data.cache.reader import checksum, size_problem
-from kdlib.files import write_whole
+from kdlib.data.shards import INDEX_FILE, ShardFile, ShardIndex
 
-INDEX_FILE, KIND = "index.json", "jacobi trajectories"
-FORMAT_VERSION = 1
+KIND = "jacobi trajectories"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A finished file, from ``prompts`` prompts.
+class Shard(ShardFile):
+    """A finished file of trajectories.
 
     ``blocks`` were kept, with ``tokens`` of y*, ``states`` and ``iterations`` (passes until each was stable) in all. Over all
     blocks, dropped ones too: ``forwards`` passes were made, ``block_by_block`` would have been by one block at a time.
     ``dropped_rows`` and ``dropped_blocks``: how many, by reason.
     """
 
-    file: str
-    prompts: int
     rows: int
     blocks: int
     tokens: int
@@ -34,37 +30,29 @@ class Shard:
     iterations: int
     forwards: int
     block_by_block: int
-    bytes: int
-    xxh3_128: str
     dropped_rows: Mapping[str, int]
     dropped_blocks: Mapping[str, int]
-
-    def problem(self, directory: Path) -> str | None:
-        """What is wrong with the file, None for nothing."""
-        path = directory / self.file
-        found = size_problem(path, self.bytes)
-        return "altered: its checksum differs" if found is None and checksum(path) != self.xxh3_128 else found
 
 
 SUMMED = ("prompts", "rows", "blocks", "tokens", "states", "iterations", "forwards", "block_by_block", "bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrajectoryIndex:
-    """``settings``: everything that the trajectories depend on; ``prompts`` in all, ``shards`` by their number."""
+class TrajectoryIndex(ShardIndex[Shard]):
+    """The index of ``kdlib trajectories jacobi``."""
 
-    settings: Mapping[str, Any]
-    prompts: int
-    rows_per_shard: int
-    shards: dict[int, Shard]
+    what: ClassVar[str] = "trajectories"
+    command: ClassVar[str] = "kdlib trajectories jacobi"
+    files: ClassVar[tuple[str, ...]] = ("shard-*.parquet*", INDEX_FILE + "*")
+    kind: ClassVar[str | None] = KIND
+
+    @staticmethod
+    def shard_of(content: Mapping[str, Any]) -> Shard:
+        return Shard(**content)
 
     @property
-    def n_shards(self) -> int:
-        return -(-self.prompts // self.rows_per_shard)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.shards) == self.n_shards
+    def totals(self) -> Mapping[str, Any]:
+        return {"summary": self.summary}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -73,44 +61,6 @@ class TrajectoryIndex:
         totals["dropped_rows"] = _added(shard.dropped_rows for shard in self.shards.values())
         totals["dropped_blocks"] = _added(shard.dropped_blocks for shard in self.shards.values())
         return totals
-
-    def changes(self, settings: Mapping[str, Any]) -> list[str]:
-        """``key: before -> now`` of every setting that differs."""
-        keys = dict.fromkeys([*self.settings, *settings])
-        return [f"{k}: {self.settings.get(k)} -> {settings.get(k)}" for k in keys if self.settings.get(k) != settings.get(k)]
-
-    def save(self, directory: Path) -> None:
-        """Rewrites index.json as a whole or not at all."""
-        content = {
-            "kind": KIND,
-            "format_version": FORMAT_VERSION,
-            "complete": self.complete,
-            "prompts": self.prompts,
-            "rows_per_shard": self.rows_per_shard,
-            "settings": dict(self.settings),
-            "summary": self.summary,
-            "shards": {str(number): asdict(self.shards[number]) for number in sorted(self.shards)},
-        }
-        write_whole(directory / INDEX_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-    @staticmethod
-    def load(directory: Path) -> TrajectoryIndex:
-        """Raises FileNotFoundError without an index.json, ValueError for one that this version cannot read."""
-        path = directory / INDEX_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{directory} holds no {INDEX_FILE}: write trajectories with `kdlib trajectories jacobi`")
-        if not is_trajectories(directory):
-            raise ValueError(f"{path} is not of trajectories, or damaged: choose another directory, or add --overwrite true")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            version = content["format_version"]
-            raise ValueError(f"{directory} has trajectory format {version}, this kdlib reads {FORMAT_VERSION}: write it again")
-        return TrajectoryIndex(
-            settings=content["settings"],
-            prompts=content["prompts"],
-            rows_per_shard=content["rows_per_shard"],
-            shards={int(number): Shard(**shard) for number, shard in content["shards"].items()},
-        )
 
 
 def is_trajectories(directory: str | Path) -> bool:

@@ -24,13 +24,7 @@ def read_trajectories(
     """
     directory = Path(directory)
     index = TrajectoryIndex.load(directory)
-    again = "run the same `kdlib trajectories jacobi` command again"
-    if not index.complete:
-        done = f"{len(index.shards)} of {index.n_shards} shards"
-        raise ValueError(f"the trajectories in {directory} are unfinished ({done}): {again} to continue")
-    for shard in index.shards.values():
-        if (problem := shard.problem(directory)) is not None:
-            raise ValueError(f"{directory / shard.file} is {problem}: {again} to restore it")
+    index.check(directory)
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != index.settings["tokenizer"]:
         raise ValueError(
             f"the trajectories in {directory} were written with another tokenizer, by {index.settings['model']}: "
