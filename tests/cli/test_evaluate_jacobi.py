@@ -105,7 +105,7 @@ def test_one_model_alone(models: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not {"base", "tasks", "bits_per_byte", "change_of_tokens_per_forward"} & content.keys()
     assert content["timing"] is None and content["block_size"] == 4
     out = capsys.readouterr().out
-    assert "│ model │" in out and "against" not in out.replace("against greedy", "")
+    assert "│ tokens per forward" in out and "against" not in out.replace("against greedy", "")
     assert "Accuracy" not in (tmp_path / "jacobi.html").read_text()
 
 
