@@ -21,12 +21,12 @@ from typing import Any
 from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
+from training import trained
 
 from kdlib.data import load_rows
 from kdlib.eval import AcceptanceResult, acceptance
 from kdlib.files import write_whole
 from kdlib.models import load_model, load_tokenizer
-from runs import trained
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, TARGET = ROOT / "../shared/data/gsm8k", ROOT / "../shared/models/gsm8k-lm"

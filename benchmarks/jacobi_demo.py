@@ -20,11 +20,11 @@ from jacobi_runs import BLOCK, METHODS, PLAIN, seen_tokens, trained_at_equal_tok
 from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
+from training import trained
 
 from kdlib.cli.demo_data import settings, write_data
 from kdlib.eval import evaluate, summary_rows
 from kdlib.eval.arithmetic_task import TASK
-from runs import trained
 
 TOKENS_PER_FORWARD, POINTS = 2.0, 1.0  # the aims
 NEW_TOKENS = 48  # as the task

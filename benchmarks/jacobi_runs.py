@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import trained
+from training import trained
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 16

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from training import trained
 
 from kdlib.cli.demo_data import settings, write_data
 from kdlib.cli.env import machine_line
@@ -27,7 +28,6 @@ from kdlib.eval import evaluate
 from kdlib.eval.arithmetic_task import TASK
 from kdlib.eval.results import summary_rows
 from kdlib.files import write_whole
-from runs import trained
 
 START_STEPS, STEPS, LEARNING_RATE = 400, 800, 2e-3
 ROLLOUT = {"on_policy_fraction": 1.0, "max_completion_length": 96}
