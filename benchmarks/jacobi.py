@@ -36,7 +36,7 @@ DATA, MODEL = ROOT / "../shared/data/gsm8k", ROOT / "../shared/models/gsm8k-lm"
 LONGEST = 384
 TOKENS_PER_FORWARD, LOSS = 1.5, 0.02  # the aims
 COMMON: dict[str, Any] = {
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "per_device_train_batch_size": 8,
