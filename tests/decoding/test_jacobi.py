@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("init", INITS, ids=str)
+@pytest.mark.parametrize("init", INITS, ids=lambda init: init if isinstance(init, str) else init.__name__)
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8, 16, NEW])
 @pytest.mark.parametrize("name", ["llama", "trained"])
 def test_any_block_size_and_first_guess_gives_the_greedy_tokens(name: str, block_size: int, init: Init) -> None:
