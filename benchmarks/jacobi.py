@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
 }
 RECYCLING: dict[str, Any] = {"sliding_window": True, "pool": 16, "timing": False}  # lossless too, more rows in each pass
 BASE = "before training"
-DEFAULT = [*METHODS][:4]
+DEFAULT = [*METHODS][:3]
 Found = dict[str, Any]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from jacobi_runs import BLOCK, METHODS, PLAIN, seen_tokens, trained_at_equal_tokens, write_trajectories
+from jacobi_runs import ANCHORED, BLOCK, METHODS, PLAIN, seen_tokens, trained_at_equal_tokens, write_trajectories
 from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
     "warmup_steps": 0.05,
     "per_device_train_batch_size": 32,
     "ar_labels": "trajectory",  # the data set's own answers have slips
-    "ar_weight": 5.0,
+    "ar_weight": 10.0,
     "max_length": 128,
 }
 BASE = "before training"
@@ -105,7 +105,7 @@ def aims(summary: Mapping[str, Score]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=[*METHODS][:4], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=[PLAIN, ANCHORED], choices=list(METHODS))
     parser.add_argument("--steps", type=int, default=450, help=f"of {PLAIN}")
     parser.add_argument("--rows", type=int, default=2000, help="training questions")
     parser.add_argument("--runs", default="runs/jacobi-demo", help="where models are kept")

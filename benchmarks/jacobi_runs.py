@@ -14,11 +14,12 @@ from training import trained
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 16
 PROBE = 8  # steps after which the tokens of a method's step are known
-PLAIN = "CLLM, global"
+PLAIN, ANCHORED = "CLLM, global", "CLLM, global, anchored to the model as it was"
 METHODS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "CLLM, local": {"consistency": "local"},
     "Jacobi Forcing": {"schedule": "progressive", "context": "noisy"},
+    ANCHORED: {"ar_labels": "teacher"},
     "cross-entropy alone": {"consistency_weight": 0.0},
     "CLLM, global, states of noise": {"state_source": "noise"},
     "CLLM, global, states renewed": {"state_source": "student"},
@@ -31,6 +32,8 @@ def trained_at_equal_tokens(
     """{method: the trained model}, each after as many tokens read as ``steps`` steps of PLAIN read."""
     fixed = {**common, "block_size": BLOCK, "logging_steps": 1, "save_strategy": "no", "evaluate.limit": 0}
     options = {name: {**fixed, **METHODS[name]} for name in dict.fromkeys([PLAIN, *methods])}
+    for of in options.values():
+        of |= {"teacher": of["model"]} if of.get("ar_labels") == "teacher" else {}
     few = min(steps, PROBE)
     probes = {
         name: trained("jacobi", runs / f"probe-{slug(name)}", **of, seed=0, max_steps=few) for name, of in options.items()
