@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,5 +19,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_results(path: str, *, title: str, parts: Sequence[str]) -> None:
     """``parts``, paragraphs and tables, under the title and the command, over the line on versions and machine."""
-    command = f"Command: `python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}`"
+    command = f"Command: `python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}`"
     write_whole(path, "\n\n".join([f"# {title}", command, *parts, machine_line()]) + "\n")

@@ -109,12 +109,13 @@ class JacobiTrainer(DistillationTrainer):
         return self._packed(batch, step=0)
 
     def _packed(self, batch: Batch, *, step: int) -> Batch:
-        rows = self._states(batch, step=step)
+        where = jacobi_states.spans(batch)
+        rows = self._states(batch, where, step=step)
         made = packed(
             batch,
-            jacobi_states.chosen(batch, rows, self.args, step=step),
+            jacobi_states.chosen(batch, where, rows, self.args, step=step),
             layout=self.args.layout,
-            references=jacobi_states.references(batch, rows, self.args),
+            references=jacobi_states.references(batch, where, rows, self.args),
             pad_token_id=self.processing_class.pad_token_id,
         )
         made |= {"sample_id": batch["sample_id"]}
@@ -124,14 +125,14 @@ class JacobiTrainer(DistillationTrainer):
         return {**send_to_device(made, self.accelerator.device), "positions": positions}
 
     @torch.no_grad()
-    def _states(self, batch: Batch, *, step: int) -> list[Any]:
+    def _states(self, batch: Batch, where: jacobi_states.Spans, *, step: int) -> list[Any]:
         if self.state_source == "stored":
             return list(batch["trajectory"])
         if self.state_source == "noise":
-            return jacobi_states.noise(batch, self.args, step=step)
+            return jacobi_states.noise(batch, where, self.args, step=step)
         model = self.accelerator.unwrap_model(self.model)
         with evaluating(model), self.accelerator.autocast():
-            return jacobi_states.student_states(model, batch, self.args, step=step)
+            return jacobi_states.student_states(model, batch, where, self.args, step=step)
 
     def signals(self, batch: Batch) -> dict[str, TeacherSignal | None]:
         """The rows of a teacher of its own for the terms that read it; those of the student itself are made in ``terms``."""

@@ -19,6 +19,7 @@ from kdlib.trainers.jacobi_config import JacobiConfig
 STUDENT = 1  # keeps the seeds of a model's first guesses apart from those of choices
 
 Batch = dict[str, Any]
+Spans = Sequence[tuple[int, int]]
 
 
 def spans(batch: Batch) -> list[tuple[int, int]]:
@@ -27,9 +28,8 @@ def spans(batch: Batch) -> list[tuple[int, int]]:
     return [last_span(labels[:length]) for labels, length in zip(batch["labels"].tolist(), lengths, strict=True)]
 
 
-def student_states(model: Any, batch: Batch, args: JacobiConfig, *, step: int) -> list[RowStates]:
+def student_states(model: Any, batch: Batch, where: Spans, args: JacobiConfig, *, step: int) -> list[RowStates]:
     """The states that ``model`` itself goes through on the rows' text; one packed pass for each iteration."""
-    where = spans(batch)
     rows = [row for row, (start, end) in enumerate(where) if start < end]
     found = list(batch["trajectory"])
     if not rows:
@@ -62,11 +62,11 @@ def student_states(model: Any, batch: Batch, args: JacobiConfig, *, step: int) -
     return found
 
 
-def noise(batch: Batch, args: JacobiConfig, *, step: int) -> list[RowStates]:
+def noise(batch: Batch, where: Spans, args: JacobiConfig, *, step: int) -> list[RowStates]:
     """States without a model."""
     found = []
     for ids, span, sample, known in zip(
-        batch["input_ids"].cpu().numpy(), spans(batch), batch["sample_id"].tolist(), batch["trajectory"], strict=True
+        batch["input_ids"].cpu().numpy(), where, batch["sample_id"].tolist(), batch["trajectory"], strict=True
     ):
         generator = np.random.default_rng(draw_key(args.seed, step, sample, STUDENT))
         made = noise_states(ids, span=span, block_size=args.block_size, generator=generator)
@@ -74,10 +74,10 @@ def noise(batch: Batch, args: JacobiConfig, *, step: int) -> list[RowStates]:
     return found
 
 
-def chosen(batch: Batch, rows: Sequence[RowStates], args: JacobiConfig, *, step: int) -> list[list[Noisy]]:
+def chosen(batch: Batch, where: Spans, rows: Sequence[RowStates], args: JacobiConfig, *, step: int) -> list[list[Noisy]]:
     """Each row's states of this step."""
     ids = batch["input_ids"].cpu().numpy()
-    keyed = zip(ids, spans(batch), batch["sample_id"].tolist(), rows, strict=True)
+    keyed = zip(ids, where, batch["sample_id"].tolist(), rows, strict=True)
     return [
         _of_row(own, span, row, args, generator=np.random.default_rng(draw_key(args.seed, step, sample)))
         for own, span, sample, row in keyed
@@ -128,7 +128,7 @@ def _pick(ids: NDArray[Any], block: Block, args: JacobiConfig, *, generator: np.
     return Noisy(number=block.number, start=block.start, tokens=block.states[k], following=following)
 
 
-def references(batch: Batch, rows: Sequence[RowStates], args: JacobiConfig) -> list[tuple[int, ...]]:
+def references(batch: Batch, where: Spans, rows: Sequence[RowStates], args: JacobiConfig) -> list[tuple[int, ...]]:
     """What the auto-regressive term learns in place of each row's completion; () keeps it.
 
     ``mixed`` is CEED-VLA's supervision with a distance for text: 1 - 2 M / (a + b), M tokens in matching runs of sequences of a
@@ -139,7 +139,7 @@ def references(batch: Batch, rows: Sequence[RowStates], args: JacobiConfig) -> l
     ids = batch["input_ids"].tolist()
     return [
         row.reference if args.ar_labels == "dataset" or _distance(own[start:end], row.reference) > args.max_distance else ()
-        for own, (start, end), row in zip(ids, spans(batch), rows, strict=True)
+        for own, (start, end), row in zip(ids, where, rows, strict=True)
     ]
 
 

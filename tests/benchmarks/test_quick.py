@@ -13,6 +13,16 @@ pytest.importorskip("liger_kernel")
 LOSS = Path(__file__).parents[2] / "benchmarks" / "loss.py"
 
 
+def quick_page(script: str, directory: Path, *words: str, runs: bool = True) -> Path:
+    """The page that ``script --quick`` writes; ``runs``: it keeps models, in ``directory``."""
+    page = directory / f"{script}.md"
+    kept = ["--runs", str(directory / "runs")] if runs else []
+    command = [sys.executable, str(LOSS.with_name(f"{script}.py")), "--quick", *words, *kept, "--output", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return page
+
+
 def test_loss_compares_every_method_for_both_objectives(tmp_path: Path) -> None:
     report = tmp_path / "loss.md"
     command = [sys.executable, str(LOSS), "--quick", "--threads", "1", "--output", str(report)]
@@ -35,11 +45,7 @@ def test_cache_measures_sizes_and_rates() -> None:
 
 
 def test_demo_tabulates_its_seeds(tmp_path: Path) -> None:
-    report = tmp_path / "demo.md"
-    script = str(LOSS.with_name("demo.py"))
-    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    report = quick_page("demo", tmp_path)
     assert "| seed | teacher | student, fine-tuned | student, distilled | seconds |" in report.read_text()
 
 
@@ -64,41 +70,26 @@ needs_shared = pytest.mark.skipif(
 
 @needs_shared
 def test_speculative_checks_tokens_and_the_clock(tmp_path: Path) -> None:
-    report = tmp_path / "table.md"
-    command = [sys.executable, str(LOSS.with_name("speculative.py")), "--quick", "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("speculative", tmp_path, runs=False)
     written = report.read_text()
     assert "| least likely | 4 | 4 of 4 |" in written and "| 6 layers | 4 layers | 2 | 3.00 |" in written
 
 
 @needs_shared
 def test_drafts_compares_methods(tmp_path: Path) -> None:
-    report = tmp_path / "drafts.md"
-    script = str(LOSS.with_name("drafts.py"))
-    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("drafts", tmp_path)
     assert "| SFT |" in report.read_text() and "| AdaSPEC, 0.4 |" in report.read_text()
 
 
 @needs_shared
 def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
-    report = tmp_path / "gsm8k.md"
-    script = str(LOSS.with_name("gsm8k.py"))
-    command = [sys.executable, script, "--quick", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("gsm8k", tmp_path, "--seeds", "0")
     assert "| fine-tuning |" in report.read_text() and "| forward KL |" in report.read_text()
 
 
 @needs_shared
 def test_jacobi_compares_before_and_after(tmp_path: Path) -> None:
-    report = tmp_path / "jacobi.md"
-    script = str(LOSS.with_name("jacobi.py"))
-    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("jacobi", tmp_path)
     lines = dict(re.findall(r"^\| (before training|Jacobi Forcing) \|(.*)\|$", report.read_text(), flags=re.MULTILINE))
     assert lines.keys() == {"before training", "Jacobi Forcing"}
     assert all("8 of 8" in line for line in lines.values()), lines  # Jacobi decoding gives greedy decoding's tokens
@@ -106,11 +97,7 @@ def test_jacobi_compares_before_and_after(tmp_path: Path) -> None:
 
 
 def test_jacobi_demo_scores_both_ways_of_decoding(tmp_path: Path) -> None:
-    report = tmp_path / "demo.md"
-    script = str(LOSS.with_name("jacobi_demo.py"))
-    command = [sys.executable, script, "--quick", "--runs", str(tmp_path / "runs"), "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("jacobi_demo", tmp_path)
     assert (
         len(re.findall(r"^\| (?:before training|Jacobi Forcing) \|.* 1 of 1 \|", report.read_text(), flags=re.MULTILINE)) == 2
     )
@@ -131,8 +118,5 @@ def test_the_jacobi_example_runs(tmp_path: Path) -> None:
 
 @needs_shared
 def test_trajectories_compares_ways_of_collecting(tmp_path: Path) -> None:
-    report = tmp_path / "trajectories.md"
-    command = [sys.executable, str(LOSS.with_name("trajectories.py")), "--quick", "--output", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    report = quick_page("trajectories", tmp_path, runs=False)
     assert "| packed |" in report.read_text() and "| CLLM's way |" in report.read_text()

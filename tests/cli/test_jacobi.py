@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from kdlib.cli.jacobi import JacobiRun
 from kdlib.cli.measured import measured_rows
+from kdlib.cli.parsing import parse
+from kdlib.cli.recipes import recipes
 from kdlib.cli.run_directory import RunDirectory
 from tests.cli.conftest import Command, conversation, tree, write_rows
 
 MEASURE = {"evaluate.limit": 4, "evaluate.max_new_tokens": 8, "evaluate.batch_size": 2, "evaluate.timing": "false"}
 NOTHING = {"evaluate.limit": 0}
+EXAMPLE = Path(__file__).parents[2] / "examples" / "jacobi.yaml"
 
 
 @pytest.fixture
@@ -84,18 +88,18 @@ def test_prompts_without_room_are_no_reason_to_lose_the_run(kdlib: Command, word
             assert json.loads((run / "eval" / "jacobi.json").read_text())["trained"]["prompts"] == prompts
 
 
-def test_trajectories_train_by_every_recipe(kdlib: Command, words: dict[str, Any], tmp_path: Path) -> None:
+def test_trajectories_train_by_every_method(kdlib: Command, words: dict[str, Any], tmp_path: Path) -> None:
     made = {name: words[name] for name in ("model", "dataset_name", "block_size")}
     done = kdlib("trajectories", "jacobi", **made, output_dir=tmp_path / "states", max_completion_length=10)
     assert done.code == 0, done.err
-    recipes = {
+    methods = {
         "global": {},
         "local": {"consistency": "local"},
         "forcing": {"schedule": "progressive", "context": "noisy", "window_size": 2},
         "mixed": {"ar_labels": "mixed", "objective": "ReverseKL", "teacher": "{SelfTeacher: {kind: ema}}"},
     }
     losses = []
-    for name, more in recipes.items():
+    for name, more in methods.items():
         run = tmp_path / name
         done = kdlib("jacobi", **{**words, **NOTHING, **more, "dataset_name": tmp_path / "states", "output_dir": run})
         assert done.code == 0, done.err
@@ -104,6 +108,14 @@ def test_trajectories_train_by_every_recipe(kdlib: Command, words: dict[str, Any
     assert len(set(losses)) == 4
     refused = kdlib("jacobi", **{**words, "dataset_name": tmp_path / "states", "block_size": 8})
     assert refused.code == 2 and "states are of block_size [4], not 8" in refused.err
+
+
+@pytest.mark.parametrize("file", [recipes()["jacobi"], EXAMPLE], ids=["recipe", "example"])
+def test_every_recipe_is_a_configuration_that_parses(file: Path) -> None:
+    options = parse("jacobi", "", JacobiRun.classes(), ["--config", str(file)])
+    assert options is not None and options.config["output_dir"].startswith("runs/")
+    JacobiRun.check(options)
+    JacobiRun(options, words=[], quiet=True)
 
 
 def test_an_adapter_is_trained_merged_and_measured(kdlib: Command, words: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdlib.data import load_rows, sample_id
+from kdlib.data.jacobi import Block
 from kdlib.data.trajectories import (
     BlockTrajectory,
     TrajectoryIndex,
@@ -20,7 +21,6 @@ from kdlib.data.trajectories import (
     encoded_row,
     is_trajectories,
     read_trajectories,
-    state_mismatches,
 )
 from kdlib.tokenizers.identity import tokenizer_fingerprint
 from tests.cli.conftest import tree
@@ -61,13 +61,12 @@ def test_states_come_out_as_they_went_in(made: tuple[list[int], list[int], int, 
     assert row["input_ids"] == prompt + completion and row["labels"] == [-100] * len(prompt) + completion
     assert row["sample_id"] == sample_id(row["input_ids"], row["labels"])
     assert (row["prompt_length"], row["block_size"], row["block"]) == (len(prompt), n, list(blocks))
-    found = state_mismatches(row)
-    assert len(found) == len(blocks)
     for index, (number, states) in enumerate(blocks.items()):
         decoded = block_states(row, index)
         assert decoded.tolist() == states and decoded.dtype == np.int32
         target = completion[number * n : number * n + n]
-        assert found[index].tolist() == [first_mismatch(state, target) for state in states]
+        found = Block(number=number, start=0, states=decoded).mismatches(np.array(target))
+        assert found.tolist() == [first_mismatch(state, target) for state in states]
 
 
 def test_only_what_differs_is_stored() -> None:

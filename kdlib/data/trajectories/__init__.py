@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kdlib.lazy import exports
 
 if TYPE_CHECKING:
-    from kdlib.data.trajectories.codec import BlockTrajectory, block_states, encoded_row, state_mismatches
+    from kdlib.data.trajectories.codec import BlockTrajectory, block_states, encoded_row
     from kdlib.data.trajectories.index import Shard, TrajectoryIndex, is_trajectories
     from kdlib.data.trajectories.reader import read_trajectories
     from kdlib.data.trajectories.writer import TrajectoryWriter, Written
@@ -25,7 +25,6 @@ _HOME = {
     "encoded_row": "codec",
     "is_trajectories": "index",
     "read_trajectories": "reader",
-    "state_mismatches": "codec",
 }
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "encoded_row",
     "is_trajectories",
     "read_trajectories",
-    "state_mismatches",
 ]
 
 __getattr__ = exports(__name__, {name: f"{__name__}.{module}" for name, module in _HOME.items()})

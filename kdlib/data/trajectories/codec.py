@@ -63,15 +63,6 @@ def block_states(row: Mapping[str, Any], number: int) -> NDArray:
     return states
 
 
-def state_mismatches(row: Mapping[str, Any]) -> list[NDArray]:
-    """For each kept block, where each of its K states first differs from y*, [K]; the block's length where it does not."""
-    changed, states = np.asarray(row["changed"], np.int64), np.asarray(row["states"], np.int64)
-    lengths = np.repeat([len(_target(row, number)) for number in range(len(states))], states)
-    positions = np.append(np.asarray(row["changed_position"], np.int64), 0)  # what the last state would point to
-    first = np.where(changed > 0, positions[np.cumsum(changed) - changed], lengths)
-    return np.split(first, np.cumsum(states)[:-1]) if len(states) else []
-
-
 def _counts(row: Mapping[str, Any], number: int) -> tuple[NDArray, int]:
     """How many places of each of a block's states are changed, and how many are in the blocks before it."""
     start = int(np.sum(row["states"][:number], dtype=np.int64))
