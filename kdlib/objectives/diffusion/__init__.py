@@ -1,0 +1,1 @@
+"""Objectives of masked diffusion language models; torch alone is imported."""
