@@ -12,30 +12,48 @@ from kdlib.lazy import exports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
+    from kdlib.diffusion import DiffusionSpec
     from kdlib.eval import evaluate
     from kdlib.objectives import (
         TAID,
         AdaptiveKL,
         AlphaBeta,
         BalancedKL,
+        CertaintyForcing,
         CrossEntropy,
         DecoupledTopK,
+        DiffusionForcing,
         ForwardKL,
         GeneralizedJSD,
         LKHybrid,
+        MaskConsistency,
+        MaskedELBO,
         NegLogAcceptance,
         PlackettLuce,
         ReverseKL,
         SampledReverseKL,
         SelectiveKL,
+        SharpenedKL,
         SkewKL,
         SkewReverseKL,
+        StepHalving,
         Sum,
         TotalVariation,
     )
     from kdlib.samplers import RolloutConfig
     from kdlib.teachers import CachedTeacher, EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher
-    from kdlib.trainers import DistillationConfig, DistillationTrainer, DraftTrainer, EagleConfig, EagleTrainer
+    from kdlib.trainers import (
+        DiffusionConfig,
+        DiffusionDistillationTrainer,
+        DiffusionTrainer,
+        DistillationConfig,
+        DistillationTrainer,
+        DraftTrainer,
+        EagleConfig,
+        EagleTrainer,
+        JacobiConfig,
+        JacobiTrainer,
+    )
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
 __all__ = [
@@ -44,8 +62,14 @@ __all__ = [
     "AlphaBeta",
     "BalancedKL",
     "CachedTeacher",
+    "CertaintyForcing",
     "CrossEntropy",
     "DecoupledTopK",
+    "DiffusionConfig",
+    "DiffusionDistillationTrainer",
+    "DiffusionForcing",
+    "DiffusionSpec",
+    "DiffusionTrainer",
     "DistillationConfig",
     "DistillationTrainer",
     "DraftTrainer",
@@ -56,9 +80,13 @@ __all__ = [
     "GeneralizedJSD",
     "HFTeacher",
     "Head",
+    "JacobiConfig",
+    "JacobiTrainer",
     "LKHybrid",
     "LogProbs",
     "Loss",
+    "MaskConsistency",
+    "MaskedELBO",
     "NegLogAcceptance",
     "PlackettLuce",
     "Positions",
@@ -68,8 +96,10 @@ __all__ = [
     "SampledReverseKL",
     "SelectiveKL",
     "SelfTeacher",
+    "SharpenedKL",
     "SkewKL",
     "SkewReverseKL",
+    "StepHalving",
     "StudentSignal",
     "Sum",
     "Support",
@@ -84,7 +114,19 @@ _ELSEWHERE = {
     "kdlib.eval": ("evaluate",),
     "kdlib.samplers": ("RolloutConfig",),
     "kdlib.teachers": ("CachedTeacher", "EnsembleTeacher", "HFTeacher", "RoutedTeacher", "SelfTeacher", "VLLMTeacher"),
-    "kdlib.trainers": ("DistillationConfig", "DistillationTrainer", "DraftTrainer", "EagleConfig", "EagleTrainer"),
+    "kdlib.diffusion": ("DiffusionSpec",),
+    "kdlib.trainers": (
+        "DiffusionConfig",
+        "DiffusionDistillationTrainer",
+        "DiffusionTrainer",
+        "DistillationConfig",
+        "DistillationTrainer",
+        "DraftTrainer",
+        "EagleConfig",
+        "EagleTrainer",
+        "JacobiConfig",
+        "JacobiTrainer",
+    ),
     "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),
 }
 _HOME = dict.fromkeys(__all__, "kdlib.objectives") | {n: module for module, names in _ELSEWHERE.items() for n in names}

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from kdlib import layouts
 from kdlib.head import Head
 from kdlib.streams import Streams, attention_mask
 
@@ -28,20 +36,47 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model from a path or Hub id; ValueError with one line when there is none."""
-    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "device_map": device_map}
+    """A language model from a path or Hub id; ValueError with one line when there is none.
+
+    Checkpoints of ``kdlib.layouts`` (LLaDA, Dream, SDAR) become transformers classes, also where remote code is trusted: that
+    is for the others.
+    """
+    options = {"dtype": dtype, "revision": revision, "device_map": device_map}
     optional = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
     options |= {key: value for key, value in optional.items() if value is not None}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+        config = _mapped_config(name, revision=revision, trust_remote_code=trust_remote_code)
+        if config is not None:
+            return layouts.load(name, config, **options)
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable("model", name, error)) from error
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of the model that ``load_model`` makes of a path or Hub id; OSError or ValueError when there is none."""
+    config = _mapped_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    return config or AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _mapped_config(name: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig | None:
+    """``layouts.read_config``; None also for a variant that is left to its own code, which is trusted."""
+    try:
+        return layouts.read_config(name, revision=revision)
+    except ValueError:
+        if trust_remote_code:
+            return None
+        raise
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a path or Hub id, with a padding token (its eos when it has none)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        stock = layouts.tokenizer_class(name, revision=revision)
+        if stock is not None:
+            tokenizer = stock.from_pretrained(name, revision=revision)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable("tokenizer", name, error)) from error
     if tokenizer.pad_token_id is None:
@@ -66,11 +101,13 @@ def hidden_states(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Last hidden states [B, S, D] after the final norm, and the asked layers' {layer: [B, S, D]} (0 = embeddings).
 
-    A batch with ``stream`` and ``clean_until`` [B, S] is read as several streams of tokens (``kdlib.streams``).
+    A batch with ``stream`` and ``clean_until`` [B, S] is read as several streams of tokens (``kdlib.streams``), ordered by
+    ``order`` [B, S] where that is given, else by ``position_ids``.
     """
     inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
     if "stream" in batch:
-        streams = Streams(position=batch["position_ids"], stream=batch["stream"], clean_until=batch["clean_until"])
+        position = batch.get("order", batch["position_ids"])
+        streams = Streams(position=position, stream=batch["stream"], clean_until=batch["clean_until"])
         inputs["attention_mask"] = attention_mask(inner(model).config, queries=streams, keys=streams)
     output = inner(model).get_decoder()(**inputs, use_cache=False, output_hidden_states=bool(layers))
     return output.last_hidden_state, {layer: output.hidden_states[layer] for layer in layers}

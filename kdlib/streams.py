@@ -20,7 +20,8 @@ class Streams:
 
     A token sees those of its own ``stream`` up to its own ``position``, and the clean text before position ``clean_until``:
     i sees j if position_j <= position_i and (stream_j = stream_i, or stream_j = CLEAN and position_j < clean_until_i).
-    Columns have no order of their own. PADDING is seen by padding alone.
+    Columns have no order of their own. PADDING is seen by padding alone. Where tokens see whole blocks, ``position`` is the
+    number of the block.
     """
 
     position: Tensor

@@ -212,7 +212,8 @@ class Positions:
     ``index`` [N] into the flattened [B * S] hidden states; ``labels`` [N] the token that follows; ``sequence`` [N] the sequence
     a row belongs to; ``weight`` [N]; ``drawn`` [N] log-prob with which the label was drawn, NaN where it was not;
     ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N]
-    and ``teacher_chunk`` [N'] for another tokenisation.
+    and ``teacher_chunk`` [N'] for another tokenisation. ``total``: what the rows' sum is divided by where that is not their
+    number, as with a mean over all tokens of which a part is scored.
     """
 
     index: Tensor
@@ -223,21 +224,30 @@ class Positions:
     teacher_index: Tensor | None = None
     chunk: Tensor | None = None
     teacher_chunk: Tensor | None = None
+    total: int | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def to(self, device: torch.device) -> Positions:
         """The same rows on ``device``."""
-        stored = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.to(device) for name, x in stored.items() if x is not None})
+        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
 
     def kept(self, keep: Tensor) -> Positions:
         """The rows where ``keep`` [N] is true."""
         assert self.chunk is None and self.teacher_chunk is None, "rows of an aligned chunk cannot be left out alone"
+        assert self.total is None, "a total counts rows that would be left out"
         keep = keep.to(self.index.device)
+        return replace(self, **{name: x[keep] for name, x in self._tensors().items()})
+
+    @property
+    def denominator(self) -> int:
+        """``total``, or the number of rows."""
+        return len(self) if self.total is None else self.total
+
+    def _tensors(self) -> dict[str, Tensor]:
         stored = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x[keep] for name, x in stored.items() if x is not None})
+        return {name: x for name, x in stored.items() if isinstance(x, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True)

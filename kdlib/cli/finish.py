@@ -17,6 +17,8 @@ from kdlib.cli.measured import measured_rows
 from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
+from kdlib.decoding.diffusion_decoder import decoder_of
+from kdlib.diffusion.known import known_spec, spec_of
 from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
 from kdlib.eval.page import Section
@@ -100,10 +102,29 @@ def _write_samples(directory: RunDirectory, trainer: Any, student: Path) -> None
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
 
 
-@torch.no_grad()
 def _completions(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Greedy answers to what stands before each row's first scored token, in one batch."""
-    pad, prompts = tokenizer.pad_token_id, [row["input_ids"][: first_scored(row["labels"])] for row in rows]
+    """The model's answers to what stands before each row's first scored token."""
+    prompts = [row["input_ids"][: first_scored(row["labels"])] for row in rows]
+    answered = _denoised if known_spec(model.config) is not None else _greedy
+    return [
+        {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(answer)}
+        for prompt, answer in zip(prompts, answered(model, prompts, tokenizer.pad_token_id), strict=True)
+    ]
+
+
+def _denoised(model: Any, prompts: list[list[int]], pad: int) -> list[list[int]]:
+    """A diffusion model's answers, by the decoding settings in its configuration."""
+    decoder, answers = decoder_of(model.config), [list[int]() for _ in prompts]
+    for rows, output in decoder.decode(model, prompts, spec=spec_of(model.config), batch_size=len(prompts)):
+        responses = output.sequences[:, -decoder.gen_length :].tolist()
+        for row, response, length in zip(rows, responses, output.lengths.tolist(), strict=True):
+            answers[row] = response[:length]
+    return answers
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompts: list[list[int]], pad: int) -> list[list[int]]:
+    """Greedy answers, in one batch."""
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]  # on the left, where generation wants it
     ids = [[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]
@@ -115,8 +136,4 @@ def _completions(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list
         do_sample=False,
         pad_token_id=pad,
     )
-    answers = [[token for token in answer if token != pad] for answer in made[:, longest:].tolist()]
-    return [
-        {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(answer)}
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    return [[token for token in answer if token != pad] for answer in made[:, longest:].tolist()]

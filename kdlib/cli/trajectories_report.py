@@ -1,57 +1,29 @@
-"""The end of ``kdlib trajectories jacobi``: what was kept, what it took, and the command that trains on it."""
+"""The end of ``kdlib trajectories``: what was kept, of what kind the trajectories may be."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
 from kdlib.data.traces import Prompts
-from kdlib.data.trajectories import TrajectoryIndex
-
-if TYPE_CHECKING:
-    from kdlib.cli.trajectories import TrajectoriesArguments
-
-DEFAULT_BLOCK_SIZE = 16  # of kdlib jacobi
 
 
-def summary_table(index: TrajectoryIndex, prompts: Prompts) -> Table:
+def summary_table(prompts: Prompts, facts: Iterable[tuple[str, str]]) -> Table:
+    """The prompts, then ``facts``, which are what a user wants to know first."""
     table = Table(show_header=False, title="trajectories", title_justify="left")
     left_out = sum(prompts.skipped.values())
     table.add_row("prompts", f"{len(prompts):,} ({prompts.duplicates:,} duplicates and {left_out:,} unusable left out)")
-    for name, value in facts(index.summary):
+    for name, value in facts:
         table.add_row(name, value)
     return table
 
 
-def facts(total: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a user wants to know first, of ``TrajectoryIndex.summary``."""
-    yield "rows", _kept(total["rows"], total["dropped_rows"])
-    yield "blocks", _kept(total["blocks"], total["dropped_blocks"])
-    if not total["blocks"]:
-        return
-    yield "tokens", f"{total['tokens']:,} in the blocks kept"
-    yield "states", f"{total['states']:,}"
-    yield "passes per block", f"{total['iterations'] / total['blocks']:.2f}, the one that shows it is stable included"
-    yield (
-        "tokens per forward",
-        f"{total['tokens'] / total['iterations']:.3f} by Jacobi decoding of this model; 1 is greedy decoding",
-    )
-    spared = total["block_by_block"] / max(total["forwards"], 1)
-    yield "forwards spent", f"{total['forwards']:,} (block by block: {total['block_by_block']:,}, {spared:.1f} times as many)"
-    yield "on disk", f"{total['bytes']:,} bytes, {total['bytes'] / total['tokens']:.1f} a token"
-
-
-def next_command(a: TrajectoriesArguments, *, checkpoint: str) -> str:
-    """The training that reads these trajectories."""
-    words = ["kdlib", "jacobi", "--model", checkpoint, "--dataset_name", a.output_dir]
-    if a.block_size != DEFAULT_BLOCK_SIZE:
-        words += ["--block_size", str(a.block_size)]
-    return f"next    {shlex.join([*words, '--output_dir', 'OUT'])}"
-
-
-def _kept(kept: int, dropped: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{n:,} x {reason}" for reason, n in dropped.items() if n)
+def kept_and_dropped(kept: int, dropped: Mapping[str, int]) -> str:
+    reasons = counted(dropped)
     return f"{kept:,} kept, {sum(dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """``2 x this, 1 x that``, without what there is none of."""
+    return ", ".join(f"{n:,} x {what}" for what, n in counts.items() if n)

@@ -1,9 +1,11 @@
-"""Rows of a dataset -> prompts, and the completions that the rows bring themselves."""
+"""Rows of a dataset -> prompts -> shards, and the completions that the rows bring themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from kdlib.data import load_rows, prompt_ids
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
     from kdlib.cli.generate_source import Source
     from kdlib.cli.trajectories import TrajectoriesArguments
+    from kdlib.data.trajectories.table import RowWriter
+
+OUTSIDE = "a token outside the model's vocabulary"
 
 
 class TokenPrompts(Prompts):
@@ -28,10 +33,11 @@ class TokenPrompts(Prompts):
         return Prompt(prompt_id=self.prompt_ids[number], ids=self._ids[number].tolist(), asked="", row=row)
 
 
-def prompts_of(a: TrajectoriesArguments, source: Source) -> Prompts:
-    """The distinct usable prompts of the data set; ValueError when there are none."""
+def prompts_of(a: TrajectoriesArguments, source: Source, *, answer: int = 1) -> Prompts:
+    """The distinct prompts of the data set that leave room for ``answer`` tokens; ValueError when there are none."""
     rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config, limit=a.limit)
-    longest = min((limit for limit in (a.max_prompt_length, source.longest_prompt) if limit is not None), default=None)
+    room = None if source.context is None else source.context - answer
+    longest = min((limit for limit in (a.max_prompt_length, room) if limit is not None), default=None)
     if {"input_ids", "labels"} <= set(rows.column_names) and not set(COLUMNS) & set(rows.column_names):
         return _token_prompts(rows, longest=longest)
     return read_prompts(
@@ -88,6 +94,23 @@ def _tokenised(prompt: Prompt, chat: ChatFormat) -> list[tuple[list[int], list[i
     except BadRowError:
         return []
     return [(made.input_ids, made.labels) for made in reversed(rows)]
+
+
+def write_shards(
+    prompts: Prompts,
+    writer: RowWriter[Any],
+    make: Callable[[Sequence[Prompt], Any], Any],
+    *,
+    shown: Callable[[Mapping[str, Any]], dict[str, str]],
+) -> None:
+    """Writes every missing shard: ``make`` gives what the writer takes from a shard's prompts, and advances the bar by rows,
+    beside which stands what ``shown`` says of the index's summary. Whatever ``make`` raises, what is on disk stays good.
+    """
+    there = sum(shard.prompts for shard in writer.index.shards.values())
+    with tqdm(total=len(prompts), initial=there, desc="Trajectories", unit="row", smoothing=0) as bar:
+        for number in writer.missing:
+            writer.write(number, make([prompts[i] for i in writer.prompts(number)], bar))
+            bar.set_postfix(shown(writer.index.summary))
 
 
 def revision(checkpoint: str) -> str | None:

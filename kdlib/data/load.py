@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from kdlib.data.trajectories import is_trajectories, read_trajectories
+from kdlib.data.diffusion import read_diffusion_trajectories
+from kdlib.data.shards import kind_of
+from kdlib.data.trajectories import read_trajectories
+from kdlib.data.trajectories.table import DIFFUSION, JACOBI
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TRAJECTORIES = {JACOBI: read_trajectories, DIFFUSION: read_diffusion_trajectories}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FAILURES = (
@@ -43,8 +47,8 @@ def load_rows(
     Raises FileNotFoundError for a path that does not exist and ValueError for what cannot be read or has no rows, in one line.
     """
     path = Path(dataset_name).expanduser()
-    if is_trajectories(path):
-        rows = read_trajectories(path, tokenizer=tokenizer, split=split)
+    if (read := _TRAJECTORIES.get(kind_of(path) or "")) is not None:
+        rows = read(path, tokenizer=tokenizer, split=split)
     elif path.is_dir():
         rows = _saved(path, split)
     elif path.is_file():

@@ -10,6 +10,9 @@ from torch import Tensor
 from kdlib.data.draft import UNSCORED
 from kdlib.types import Positions
 
+# What says which tokens a model reads, where they stand and what they see.
+TEACHER_READS = ("input_ids", "attention_mask", "position_ids", "order", "stream", "clean_until")
+
 
 def causal_positions(batch: Mapping[str, Tensor]) -> Positions:
     """Positions t whose next token is scored: labels[t + 1] != -100, row by row, left to right.
@@ -40,13 +43,14 @@ def _of_teacher(batch: Mapping[str, Tensor], line: Tensor, position: Tensor) -> 
 def teacher_inputs(batch: Mapping[str, Any], positions: Positions) -> tuple[dict[str, Any], Tensor]:
     """The batch as the teacher reads it, and where ``positions`` are in it [N].
 
-    Without ``teacher_index`` these are the batch and ``positions.index``; else ``teacher_input_ids`` [B, S'] and
-    their mask, where there are any, take the place of ``input_ids`` and ``attention_mask`` and of what places tokens.
+    Without ``teacher_index`` these are the batch and ``positions.index``; else what the batch has for the teacher
+    (``teacher_input_ids`` [B, S'], ``teacher_attention_mask`` and others of TEACHER_READS) takes the place of all that places
+    the student's tokens.
     """
     if positions.teacher_index is None:
         return dict(batch), positions.index
     if "teacher_input_ids" not in batch:
         return dict(batch), positions.teacher_index
-    kept = {key: value for key, value in batch.items() if key not in ("position_ids", "stream", "clean_until")}
-    inputs = {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]}
+    kept = {key: value for key, value in batch.items() if key not in TEACHER_READS}
+    inputs = {key: batch[f"teacher_{key}"] for key in TEACHER_READS if f"teacher_{key}" in batch}
     return {**kept, **inputs}, positions.teacher_index

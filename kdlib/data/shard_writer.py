@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from kdlib.data.shards import INDEX_FILE, ShardIndex, ShardT
+from kdlib.data.shards import INDEX_FILE, ShardIndex, ShardT, written_files
 
 IndexT = TypeVar("IndexT", bound=ShardIndex[Any])
 
@@ -40,7 +40,7 @@ class ShardWriter(Generic[IndexT]):
         self._lock = _locked(self.directory, command=new.command)
         try:
             if overwrite:
-                _delete(self.directory, new.files)
+                _delete(self.directory, {*written_files(self.directory), *new.files})
             shards = _earlier(self.directory, new)
             self.damaged = {number: found for number, shard in shards.items() if (found := shard.problem(self.directory))}
             self.index = replace(new, shards={n: shard for n, shard in shards.items() if n not in self.damaged})
@@ -86,9 +86,9 @@ def _locked(directory: Path, *, command: str) -> int:
     return lock
 
 
-def _delete(directory: Path, patterns: tuple[str, ...]) -> None:
+def _delete(directory: Path, patterns: Collection[str]) -> None:
     """Only what a run writes; the index goes last, so that a stop in between leaves a directory that is known."""
-    for pattern in patterns:
+    for pattern in sorted(patterns, key=lambda pattern: pattern.startswith(INDEX_FILE)):
         for path in directory.glob(pattern):
             path.unlink()
 

@@ -94,6 +94,7 @@ class ShardIndex(ABC, Generic[ShardT]):
             "complete": self.complete,
             "prompts": self.prompts,
             "rows_per_shard": self.rows_per_shard,
+            "files": list(self.files),
             "settings": dict(self.settings),
             **self.totals,
             "shards": {str(number): asdict(self.shards[number]) for number in sorted(self.shards)},
@@ -121,9 +122,32 @@ class ShardIndex(ABC, Generic[ShardT]):
     @classmethod
     def _check_readable(cls, path: Path, *, kind: str | None, version: int) -> None:
         if kind != cls.kind:
-            raise ValueError(f"{path} is not of {cls.what}: choose another directory, or add --overwrite true")
+            raise ValueError(
+                f"{path} is not of {cls.what} that {cls.command} writes: choose another directory, or add --overwrite true"
+            )
         if version != cls.format_version:
             raise ValueError(f"{path} has format {version}, this kdlib reads {cls.format_version}: write the {cls.what} again")
+
+
+def kind_of(directory: Path) -> str | None:
+    """The ``kind`` that a directory's index.json names; None where there is none, or no readable index."""
+    kind = _index(directory).get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+def written_files(directory: Path) -> tuple[str, ...]:
+    """The patterns of the files under a directory's index, of whatever kind it is; none for an index that is not ours."""
+    index = _index(directory)
+    ours = {"format_version", "rows_per_shard", "shards", "files"} <= index.keys()
+    return tuple(Path(pattern).name for pattern in index["files"]) if ours else ()
+
+
+def _index(directory: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _shown(value: Any) -> str:

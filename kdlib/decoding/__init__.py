@@ -5,12 +5,15 @@ from __future__ import annotations
 from kdlib.lazy import exports
 
 __all__ = [
+    "DiffusionDecoder",
+    "DiffusionOutput",
     "Drafter",
     "EagleDrafter",
     "JacobiOutput",
     "ModelDrafter",
     "PackedStates",
     "SpeculativeOutput",
+    "diffusion_generate",
     "draw",
     "filtered_log_probs",
     "generate",
@@ -22,6 +25,9 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
+        "DiffusionDecoder": "kdlib.decoding.diffusion_decoder",
+        "DiffusionOutput": "kdlib.decoding.diffusion",
+        "diffusion_generate": "kdlib.decoding.diffusion",
         "draw": "kdlib.decoding.sampling",
         "filtered_log_probs": "kdlib.decoding.sampling",
         "generate": "kdlib.decoding.sampling",

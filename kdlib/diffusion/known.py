@@ -7,6 +7,14 @@ from typing import Any
 from kdlib.diffusion.spec import DiffusionSpec
 
 
+def known_spec(config: Any) -> DiffusionSpec | None:
+    """As ``spec_of``; None for a configuration of no diffusion model."""
+    try:
+        return spec_of(config)
+    except ValueError:
+        return None
+
+
 def spec_of(config: Any) -> DiffusionSpec:
     """The DiffusionSpec of a transformers configuration; ValueError for one that is of no diffusion model kdlib knows.
 

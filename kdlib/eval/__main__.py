@@ -1,4 +1,4 @@
-"""``python -m kdlib.eval``: lm-eval's own command line, which also knows ``kdlib.eval.models``."""
+"""``python -m kdlib.eval``: lm-eval's own command line, which also knows the models of ``kdlib.eval``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from kdlib.eval.harness import require_lm_eval
 
 
 def main() -> None:
-    """Registers our models (``--model kdlib``) and hands over to lm-eval."""
+    """Registers our models (``--model kdlib``, ``kdlib-jacobi``, ``kdlib-diffusion``) and hands over to lm-eval."""
     try:
         require_lm_eval()
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
-    import_module("kdlib.eval.models")  # imported for its registrations
+    for module in ("kdlib.eval.models", "kdlib.eval.diffusion_lm"):
+        import_module(module)  # imported for its registrations
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -92,19 +92,23 @@ def bits_per_byte(
     counts = [scored_bytes(row["input_ids"], row["labels"], tokenizer=tokenizer) for row in dataset]
     if tokens == 0 or sum(counts) == 0:
         raise ValueError("no text is scored: give rows whose completion or text has more than special tokens")
+    return BitsPerByte(**per_byte(nats, counts, tokens=tokens), truncated=prepared.truncated)
+
+
+def per_byte(nats: torch.Tensor, counts: Sequence[int], *, tokens: int) -> dict[str, Any]:
+    """The fields of BitsPerByte that follow from ``nats`` [rows] float64, ``counts`` of bytes and the number of tokens."""
     value, stderr = _ratio(nats / math.log(2), torch.tensor(counts, dtype=torch.float64))
     low, high = interval(value, stderr)
-    return BitsPerByte(
-        bits_per_byte=value,
-        stderr=stderr,
-        low=low,
-        high=high,
-        nats_per_token=float(nats.sum()) / tokens,
-        tokens=tokens,
-        bytes=sum(counts),
-        rows=len(dataset),
-        truncated=prepared.truncated,
-    )
+    return {
+        "bits_per_byte": value,
+        "stderr": stderr,
+        "low": low,
+        "high": high,
+        "nats_per_token": float(nats.sum()) / tokens,
+        "tokens": tokens,
+        "bytes": sum(counts),
+        "rows": len(counts),
+    }
 
 
 def scored_bytes(input_ids: Sequence[int], labels: Sequence[int], *, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -45,27 +45,69 @@ def evaluate(
     with a KV cache, and is given back with its training flags and config as they were. Global random
     generators are untouched either way. ``tasks``: names, globs, or YAML files; with ``include_path`` (a
     directory of YAML tasks) no network is needed. ``model_args``: further arguments of lm-eval's HFLM.
-    ``decoder``: options of the Jacobi decoder, ``{"block_size": 16}``, which then generates (greedily, so the
-    answers are the same), and the results have ``tokens_per_forward``; likelihoods are unchanged. The other
+    ``decoder``: how the model generates where that is not token by token; the results then have
+    ``tokens_per_forward``. Of a diffusion language model (``kdlib.diffusion``) these are options of its decoder,
+    ``{"gen_length": 128, "strategy": "LowConfidence"}``, in place of its own settings, and likelihoods are Monte-Carlo
+    bounds (``kdlib.eval.diffusion_lm``; ``model_args={"mc_samples": 128}``). Of any other they are options of
+    the Jacobi decoder, ``{"block_size": 16}``, which is greedy, so the answers are the same, as are likelihoods. The other
     options are lm-eval's own. ``output_path``: a .json file, or a directory that gets ``<tasks>.json``.
 
     A model object is not spread over processes: call this on one rank (another local rank gets an empty
     dictionary). Raises ValueError when lm-eval is missing, a task is unknown, a path does not load, a model
     object comes without a tokenizer, or with ``device``, ``dtype`` or ``model_args``, which belong to
-    loading, and for a ``decoder`` with an unknown option or tasks that sample.
+    loading, for a ``decoder`` with an unknown option, and for tasks that ask for what it does not have.
     """
     require_lm_eval()
-    from lm_eval import simple_evaluate
-
     by_path = isinstance(model, str | os.PathLike)
-    with quiet_lm_eval(), own_randomness(), nullcontext() if by_path else evaluating(model):
+    with own_randomness(), nullcontext() if by_path else evaluating(model):
         manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, include_path=include_path)
         loading = {"device": device, "dtype": dtype, **(model_args or {})}
-        results = simple_evaluate(
-            model=(_loaded if by_path else _borrowed)(
+        with quiet_lm_eval():
+            made = (_loaded if by_path else _borrowed)(
                 model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder
-            ),
-            tasks=names,
+            )
+        results = score(
+            made,
+            names,
+            manager=manager,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            gen_kwargs=gen_kwargs,
+            log_samples=log_samples,
+            seed=seed,
+        )
+    if not results:
+        return {}
+    named = {**results, "model_name": os.fspath(model) if by_path else model.name_or_path}
+    if "decoder" in results["config"]:
+        named["tokens_per_forward"] = results["config"]["decoder"]["tokens_per_forward"]
+    if output_path is not None:
+        write_results(named, output_path)
+    return named
+
+
+def score(
+    model: Any,
+    tasks: Sequence[str],
+    *,
+    manager: Any,
+    num_fewshot: int | None = None,
+    batch_size: int | str = 8,
+    limit: int | float | None = None,
+    apply_chat_template: bool | str = False,
+    gen_kwargs: Mapping[str, Any] | str | None = None,
+    log_samples: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """lm-eval's results of an lm-eval model on what ``find_tasks`` has found; {} on every local rank but the first."""
+    from lm_eval import simple_evaluate
+
+    with quiet_lm_eval():
+        results = simple_evaluate(
+            model=model,
+            tasks=tasks,
             task_manager=manager,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
@@ -78,14 +120,7 @@ def evaluate(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    if results is None:  # lm-eval's answer on every local rank but the first
-        return {}
-    named = {**results, "model_name": os.fspath(model) if by_path else model.name_or_path}
-    if decoder is not None:
-        named["tokens_per_forward"] = results["config"]["decoder"]["tokens_per_forward"]
-    if output_path is not None:
-        write_results(named, output_path)
-    return named
+    return results or {}
 
 
 def require_lm_eval() -> None:
@@ -106,7 +141,7 @@ def _loaded(
     device = loading["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {**loading, "device": device}
     try:
-        return _kind(decoder)(os.fspath(model), tokenizer=tokenizer, batch_size=batch_size, **options)
+        return _kind(os.fspath(model), decoder)(os.fspath(model), tokenizer=tokenizer, batch_size=batch_size, **options)
     except OSError as error:
         raise ValueError(f"cannot load {os.fspath(model)!r}: {str(error).strip().splitlines()[0]}") from error
 
@@ -125,14 +160,19 @@ def _borrowed(
     if tokenizer is None:
         raise ValueError("a model object is scored with its tokenizer: give tokenizer=...")
     # a copy, because lm-eval adds a padding token to a tokenizer without one
-    return _kind(decoder)(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return _kind(model, decoder)(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
-def _kind(decoder: Mapping[str, Any] | None) -> Callable[..., Any]:
+def _kind(model: Any, decoder: Mapping[str, Any] | None) -> Callable[..., Any]:
     """What makes lm-eval's kind of model."""
+    from kdlib.eval.diffusion_config import is_diffusion
     from kdlib.eval.jacobi_decoder import check_options
     from kdlib.eval.models import DistilledLM, JacobiLM
 
+    if is_diffusion(model):
+        from kdlib.eval.diffusion_lm import DiffusionLM
+
+        return partial(DiffusionLM, **(decoder or {}))
     if decoder is None:
         return DistilledLM
     check_options(decoder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from kdlib.decoding.prompts import stops_of
+from kdlib.eval.diffusion_config import is_adapter
 from kdlib.eval.jacobi_decoder import JacobiDecoder
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")  # of no effect on greedy decoding
@@ -28,7 +29,7 @@ class DistilledLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, *, tokenizer: Any = None, **hflm_arguments: Any) -> None:
-        self.adapter = pretrained if _is_adapter(pretrained) else None
+        self.adapter = pretrained if is_adapter(pretrained) else None
         if self.adapter is not None:
             pretrained = PeftConfig.from_pretrained(self.adapter).base_model_name_or_path
             if tokenizer is None and Path(self.adapter, "tokenizer_config.json").is_file():
@@ -85,9 +86,7 @@ class JacobiLM(DistilledLM):
 
     def _stop_ids(self, stop: list[str]) -> list[int]:
         """The model's eos and the stop strings that are one token."""
-        found = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
-        single = [ids[0] for ids in found if len(ids) == 1]
-        return list(dict.fromkeys([*stops_of(self.model, None), *single]))
+        return list(dict.fromkeys([*stops_of(self.model, None), *single_tokens(self.tokenizer, stop)]))
 
     def get_model_info(self) -> dict[str, Any]:
         counted = {"new_tokens": self.new_tokens, "passes": self.passes}
@@ -95,15 +94,14 @@ class JacobiLM(DistilledLM):
         return super().get_model_info() | {"decoder": {**self.decoder.to_json(), **counted, "tokens_per_forward": ratio}}
 
 
+def single_tokens(tokenizer: Any, texts: Iterable[str]) -> list[int]:
+    """The ids of those texts that are one token."""
+    found = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [ids[0] for ids in found if len(ids) == 1]
+
+
 def _check_greedy(generation: Mapping[str, Any]) -> None:
     if generation.get("do_sample") or generation.get("temperature", 0) > 0:
         raise ValueError("the Jacobi decoder is greedy: leave do_sample and temperature out of the task's gen_kwargs")
     if more := sorted(set(generation) - set(SAMPLING)):
         raise ValueError(f"the Jacobi decoder is plain greedy decoding: it has no {', '.join(more)}, drop it from gen_kwargs")
-
-
-def _is_adapter(model: Any) -> bool:
-    """Whether ``model`` is a directory that holds a peft adapter and no whole model."""
-    if not isinstance(model, str):
-        return False
-    return Path(model, "adapter_config.json").is_file() and not Path(model, "config.json").is_file()

@@ -5,6 +5,14 @@ from kdlib.objectives.alpha_beta import AlphaBeta
 from kdlib.objectives.base import Divergence, Objective, RowObjective
 from kdlib.objectives.combine import Sum
 from kdlib.objectives.cross_entropy import CrossEntropy
+from kdlib.objectives.diffusion import (
+    CertaintyForcing,
+    DiffusionForcing,
+    MaskConsistency,
+    MaskedELBO,
+    SharpenedKL,
+    StepHalving,
+)
 from kdlib.objectives.kl import (
     AdaptiveKL,
     BalancedKL,
@@ -25,13 +33,17 @@ __all__ = [
     "AdaptiveKL",
     "AlphaBeta",
     "BalancedKL",
+    "CertaintyForcing",
     "CrossEntropy",
     "DecoupledTopK",
+    "DiffusionForcing",
     "Divergence",
     "ForwardKL",
     "GeneralizedJSD",
     "Interpolated",
     "LKHybrid",
+    "MaskConsistency",
+    "MaskedELBO",
     "NegLogAcceptance",
     "Objective",
     "PlackettLuce",
@@ -39,8 +51,10 @@ __all__ = [
     "RowObjective",
     "SampledReverseKL",
     "SelectiveKL",
+    "SharpenedKL",
     "SkewKL",
     "SkewReverseKL",
+    "StepHalving",
     "Sum",
     "TotalVariation",
 ]

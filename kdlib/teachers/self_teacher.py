@@ -26,8 +26,8 @@ EMA_FILE = "teacher_ema.safetensors"
 class SelfTeacher:
     """The student's own distribution, without gradients and without dropout.
 
-    kind: ``student`` (as it is in this step), ``ema`` (an exponential moving average of its trained weights in float32) or
-    ``adapter_off`` (the model below the student's adapter). decay: of the average, ema = decay ema + (1 - decay) student after
+    kind: ``student`` (as it is in this step), ``ema`` (an exponential moving average of its trained weights in float32),
+    ``copy`` (as it was at the start, or at the last ``refresh``) or ``adapter_off`` (the model below the student's adapter). decay: of the average, ema = decay ema + (1 - decay) student after
     each optimizer step. Rows with a ``teacher_prompt`` show the teacher more than the student sees: without that,
     ``student`` has nothing to teach.
     vocab_size: cut the head to this many entries (the tokenizer's length), set by the trainer.
@@ -37,13 +37,13 @@ class SelfTeacher:
 
     def __init__(
         self,
-        kind: Literal["student", "ema", "adapter_off"] = "student",
+        kind: Literal["student", "ema", "copy", "adapter_off"] = "student",
         *,
         decay: float = 0.99,
         vocab_size: int | None = None,
     ) -> None:
-        if kind not in ("student", "ema", "adapter_off"):
-            raise ValueError(f"SelfTeacher.kind is student, ema or adapter_off, not {kind!r}")
+        if kind not in ("student", "ema", "copy", "adapter_off"):
+            raise ValueError(f"SelfTeacher.kind is student, ema, copy or adapter_off, not {kind!r}")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"SelfTeacher.decay must be at least 0 and below 1, not {decay}")
         self.kind, self.decay, self.vocab_size = kind, decay, vocab_size
@@ -54,7 +54,12 @@ class SelfTeacher:
     @property
     def inside_forward(self) -> bool:
         """Whether ``signal`` runs the student's own weights, which wrappers gather inside their forward only."""
-        return self.kind != "ema"
+        return not self.keeps_weights
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether it has weights of its own beside the student's."""
+        return self.kind in ("ema", "copy")
 
     def bind_student(self, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
         """Takes the unwrapped student, on its device; ``dtype``: the autocast type of its head, None for full precision."""
@@ -63,7 +68,7 @@ class SelfTeacher:
                 "SelfTeacher(kind='adapter_off') needs a student with an adapter: give peft_config (use_peft true)"
             )
         self.student, self.dtype = model, dtype
-        self.model = _averaged_copy(model) if self.kind == "ema" else model
+        self.model = _averaged_copy(model) if self.keeps_weights else model
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Any], positions: Positions, layers: tuple[int, ...] = ()) -> TeacherSignal:
@@ -81,18 +86,26 @@ class SelfTeacher:
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves the average towards the student; nothing to do for the other kinds."""
-        if self.kind != "ema":
-            return
+        if self.kind == "ema":
+            self._move(1.0 - self.decay)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Kinds with weights of their own become the student as it is."""
+        if self.keeps_weights:
+            self._move(1.0)
+
+    def _move(self, share: float) -> None:
         assert self.student is not None
         now = dict(self.student.named_parameters())
         for name, average in self._averages().items():
             if isinstance(now[name], DTensor):
-                raise ValueError("SelfTeacher(kind='ema') needs the student's whole weights on each process: use DDP, not FSDP")
-            average.lerp_(now[name].to(average.dtype), 1.0 - self.decay)
+                raise ValueError(f"SelfTeacher(kind={self.kind!r}) needs the student's whole weights on each process: use DDP")
+            average.lerp_(now[name].to(average.dtype), share)
 
     def save(self, directory: Path) -> None:
-        """Writes the averaged weights into a checkpoint; nothing for the other kinds."""
-        if self.kind == "ema":
+        """Writes weights of its own into a checkpoint; nothing for the other kinds."""
+        if self.keeps_weights:
             write_whole(directory / EMA_FILE, save({name: x.contiguous() for name, x in self._averages().items()}))
 
     @torch.no_grad()

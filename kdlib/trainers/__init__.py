@@ -11,6 +11,8 @@ from kdlib.lazy import exports
 
 if TYPE_CHECKING:
     from kdlib.trainers.config import DistillationConfig
+    from kdlib.trainers.diffusion import DiffusionDistillationTrainer, DiffusionTrainer
+    from kdlib.trainers.diffusion_config import DiffusionConfig
     from kdlib.trainers.distillation import DistillationTrainer
     from kdlib.trainers.draft import DraftTrainer
     from kdlib.trainers.eagle import EagleTrainer
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from kdlib.trainers.jacobi_config import JacobiConfig
 
 _HOME = {
+    "DiffusionConfig": "diffusion_config",
+    "DiffusionDistillationTrainer": "diffusion",
+    "DiffusionTrainer": "diffusion",
     "DistillationConfig": "config",
     "DistillationTrainer": "distillation",
     "DraftTrainer": "draft",
@@ -29,6 +34,9 @@ _HOME = {
 }
 
 __all__ = [
+    "DiffusionConfig",
+    "DiffusionDistillationTrainer",
+    "DiffusionTrainer",
     "DistillationConfig",
     "DistillationTrainer",
     "DraftTrainer",

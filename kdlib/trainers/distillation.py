@@ -253,7 +253,7 @@ class DistillationTrainer(SummedEvaluation):
 
     def _global_counts(self, batches: list[Batch], device: torch.device) -> dict[str, Tensor]:
         names = batches[0]["positions"] if batches else ()
-        local = {name: sum(len(batch["positions"][name]) for batch in batches) for name in names}
+        local = {name: sum(batch["positions"][name].denominator for batch in batches) for name in names}
         seen = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in batches)
         known = [*local.values(), self.signals_received.received is not None, self._generated]
         counts = torch.tensor(known, dtype=torch.float64, device=device)

@@ -22,7 +22,8 @@ from kdlib.trainers import jacobi_states, setup
 from kdlib.trainers.distillation import Batch, DistillationTrainer
 from kdlib.trainers.jacobi_checks import check_objective, check_stored, check_teacher, state_source
 from kdlib.trainers.jacobi_config import JacobiConfig
-from kdlib.trainers.jacobi_terms import joined, teacher_reads_text
+from kdlib.trainers.jacobi_terms import teacher_reads_text
+from kdlib.trainers.scoring import of_terms
 from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 
@@ -141,12 +142,9 @@ class JacobiTrainer(DistillationTrainer):
         if self._own_teacher or not names:
             return found
         assert self.teacher is not None
-        where = [batch["positions"][name] for name in names]
+        assert self.teacher is not None
         with self._watch.part("teacher"), self.accelerator.autocast():
-            every = self.teacher.signal(batch, joined(where))  # one pass of the teacher for both terms
-        assert every.hidden is not None
-        parts = every.hidden.split([len(positions) for positions in where])
-        return found | {name: replace(every, hidden=rows) for name, rows in zip(names, parts, strict=True)}
+            return found | of_terms(self.teacher, batch, {name: batch["positions"][name] for name in names})
 
     def terms(self, model: nn.Module, batch: Batch, signals: Mapping[str, TeacherSignal | None]) -> dict[str, Loss]:
         """Consistency of the states and the auto-regressive term on the text, from one forward pass."""

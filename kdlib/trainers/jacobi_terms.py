@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from kdlib.types import Positions
-
 if TYPE_CHECKING:
     from kdlib.trainers.distillation import Batch
-
-
-def joined(parts: Sequence[Positions]) -> Positions:
-    """The rows of several terms, one after another."""
-    names = ("index", "labels", "sequence", "teacher_index")
-    return Positions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def teacher_reads_text(made: Batch, batch: Batch) -> Batch:

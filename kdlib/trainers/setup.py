@@ -267,8 +267,8 @@ def check_parallelism(args: DistillationConfig, accelerator: Accelerator, teache
             "several GPUs in one process (DataParallel) are not supported: start with accelerate launch or torchrun"
         )
     sharded = accelerator.distributed_type == "FSDP"
-    if sharded and any(member.kind == "ema" for member in self_teachers(teacher)):
-        raise ValueError("SelfTeacher(kind='ema') needs the student's whole weights on each process: use ddp, not fsdp")
+    if sharded and any(member.keeps_weights for member in self_teachers(teacher)):
+        raise ValueError("SelfTeacher of kind ema or copy needs the student's whole weights on each process: use ddp, not fsdp")
     if sharded and args.on_policy_fraction:
         raise ValueError("rollouts need the student's whole weights on each process, which FSDP does not keep: use ddp")
     plugin = accelerator.state.deepspeed_plugin

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdlib.cli.help import docs
 from kdlib.cli.parsing import option_names
 from kdlib.cli.trajectories import TrajectoriesArguments
+from kdlib.cli.trajectories_jacobi import JacobiTrajectoriesArguments
 from kdlib.data import load_rows
 from kdlib.data.trajectories import TrajectoryIndex, block_states, read_trajectories
 from tests.cli.conftest import Command, conversation, tree, write_rows
@@ -244,9 +245,11 @@ def test_mistakes_are_one_line_and_leave_nothing(
 
 
 def test_help_and_a_missing_kind(kdlib: Command) -> None:
-    assert set(docs(TrajectoriesArguments)) == set(option_names(TrajectoriesArguments))
-    for words in (("--help",), ("jacobi", "--help")):
-        shown = kdlib("trajectories", *words)
-        assert shown.code == 0 and "usage: kdlib trajectories jacobi" in shown.out and "--block_size" in shown.out
+    documented = docs(TrajectoriesArguments) | docs(JacobiTrajectoriesArguments)
+    assert set(documented) == set(option_names(JacobiTrajectoriesArguments))
+    shown = kdlib("trajectories", "jacobi", "--help")
+    assert shown.code == 0 and "usage: kdlib trajectories jacobi" in shown.out and "--block_size" in shown.out
+    both = kdlib("trajectories", "--help")
+    assert both.code == 0 and all(f"\n  {kind} " in both.out for kind in ("jacobi", "diffusion"))
     missing = kdlib("trajectories", model="m")
     assert missing.code == 2 and "kdlib trajectories jacobi --model MODEL" in missing.err

@@ -11,8 +11,9 @@ from kdlib.lazy import exports
 
 if TYPE_CHECKING:
     from kdlib.data.trajectories.codec import BlockTrajectory, block_states, encoded_row
-    from kdlib.data.trajectories.index import Shard, TrajectoryIndex, is_trajectories
+    from kdlib.data.trajectories.index import Shard, TrajectoryIndex
     from kdlib.data.trajectories.reader import read_trajectories
+    from kdlib.data.trajectories.table import is_trajectories
     from kdlib.data.trajectories.writer import TrajectoryWriter, Written
 
 _HOME = {
@@ -23,7 +24,7 @@ _HOME = {
     "Written": "writer",
     "block_states": "codec",
     "encoded_row": "codec",
-    "is_trajectories": "index",
+    "is_trajectories": "table",
     "read_trajectories": "reader",
 }
 

@@ -1,19 +1,15 @@
-"""Writing trajectories shard by shard, so that an interrupted run loses one shard at most."""
+"""Writing Jacobi trajectories shard by shard, so that an interrupted run loses one shard at most."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from kdlib.data.shard_writer import ShardWriter
 from kdlib.data.trajectories.index import Shard, TrajectoryIndex
-from kdlib.files import write_whole
+from kdlib.data.trajectories.table import RowWriter
 
 _LISTS = ("input_ids", "labels", "block", "states", "changed", "changed_position", "changed_token", "reference_ids")
 SCHEMA = pa.schema(
@@ -39,35 +35,23 @@ class Written:
     dropped_blocks: Mapping[str, int] = field(default_factory=dict)
 
 
-class TrajectoryWriter(ShardWriter[TrajectoryIndex]):
+class TrajectoryWriter(RowWriter[TrajectoryIndex]):
     """Shard i holds the rows of ``prompts(i)``; each is written atomically, then listed in index.json."""
 
     index_class = TrajectoryIndex
+    schema = SCHEMA
 
     def write(self, shard: int, written: Written) -> None:
         """Writes the shard's file and lists it; both are safe on disk on return."""
-        file = f"shard-{shard:05d}.parquet"
-        content = _parquet(written.rows)
-        write_whole(self.directory / file, content)
         self.index.shards[shard] = Shard(
-            file=file,
-            prompts=len(self.prompts(shard)),
-            rows=len(written.rows),
+            **self.put(shard, written.rows),
             blocks=sum(len(row["block"]) for row in written.rows),
             tokens=written.tokens,
             states=sum(sum(row["states"]) for row in written.rows),
             iterations=written.iterations,
             forwards=written.forwards,
             block_by_block=written.block_by_block,
-            bytes=len(content),
-            xxh3_128=xxhash.xxh3_128_hexdigest(content),
             dropped_rows=dict(written.dropped_rows),
             dropped_blocks=dict(written.dropped_blocks),
         )
         self.index.save(self.directory)
-
-
-def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), buffer, compression="zstd")
-    return buffer.getvalue()

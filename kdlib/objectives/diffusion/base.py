@@ -5,19 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from kdlib.diffusion.noise import Noise
-from kdlib.objectives.base import Objective
+from kdlib.objectives.base import Objective, RowObjective
 from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
     """Rows as a model reads them: MASK stands where ``masked`` [B, S]. ``drawn`` [B, S], of a teacher's view: tokens which the
-    teacher itself draws, from what it says on its view before this one; the others are the data's.
+    teacher itself draws, from what it says on its view before this one. What was drawn for a view before stays as it is; the
+    other tokens are the data's.
     """
 
     masked: Tensor
@@ -28,8 +29,8 @@ class View:
 class Scored:
     """The rows of one term: tokens ``where`` [B, S] of the student's view ``view``, each with ``weight`` [B, S] (None: 1).
 
-    ``teacher``: number of the teacher's view whose distributions they are compared with, one for all or [B, S]; None without. ``total``: what the
-    sum over the term's rows is divided by (over the whole step); None for the number of rows.
+    ``teacher``: number of the teacher's view whose distributions they are compared with, one for all or [B, S]; None without.
+    ``total``: what the sum over the term's rows is divided by (over the whole step); None for the number of rows.
     """
 
     view: int
@@ -51,10 +52,14 @@ class Corruption:
 class DiffusionObjective(Objective):
     """Chooses what is masked and scored (``corrupt``), and makes losses of the models' answers (``terms``).
 
-    ``masking``: the way of masking it is used with where none is asked for.
+    ``masking``: the way of masking it is used with where none is asked for. ``student_attention``: what it asks of the student,
+    None for the attention that the model has. ``copies_student``: whether its teacher is by default a copy of the student as it
+    was at the start or at the last refresh, instead of the student in the same step.
     """
 
     masking: ClassVar[str]
+    student_attention: ClassVar[Literal["block_causal"] | None] = None
+    copies_student: ClassVar[bool] = False
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -75,6 +80,17 @@ class DiffusionObjective(Objective):
         micro-batch times the micro-batch's rows.
         """
 
+    def refreshes(self, step: int) -> bool:
+        """Whether the teacher becomes a copy of the student after optimizer step ``step`` (1-based)."""
+        return False
+
     def __call__(self, student: StudentSignal, teacher: TeacherSignal | None) -> Loss:
-        """The loss of one view whose rows are all scored: weighted terms, over the number of rows."""
-        raise NotImplementedError
+        """ValueError: a loss of masked views cannot be taken of one signal."""
+        raise ValueError(f"{type(self).__name__} is a loss of masked views of a text: train with kdlib diffusion")
+
+
+def checked_divergence(objective: DiffusionObjective, divergence: RowObjective) -> RowObjective:
+    """The divergence between teacher and student; ValueError for a row objective that compares no two models."""
+    if not isinstance(divergence, RowObjective) or divergence.accepts is None:
+        raise ValueError(f"{type(objective).__name__}.divergence compares two models, as ForwardKL does: not {divergence}")
+    return divergence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
-from kdlib.cli.trajectories_rows import chat_format, own_completion
+from kdlib.cli.trajectories_rows import OUTSIDE, chat_format, own_completion
 from kdlib.data.keys import draw_key
-from kdlib.data.traces import Prompt, Prompts
-from kdlib.data.trajectories import BlockTrajectory, TrajectoryWriter, Written, encoded_row
+from kdlib.data.traces import Prompt
+from kdlib.data.trajectories import BlockTrajectory, Written, encoded_row
 from kdlib.decoding.jacobi_states import PackedStates, packed_states
 from kdlib.decoding.sampling import context_length
 from kdlib.types import Sampler
@@ -25,10 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kdlib.cli.generate_source import Source
-    from kdlib.cli.trajectories import TrajectoriesArguments
+    from kdlib.cli.trajectories_jacobi import JacobiTrajectoriesArguments
 
 NO_OUTPUT, NO_COMPLETION = "nothing usable came from the engine", "the row has no completion that follows its prompt"
-OUTSIDE = "a token outside the model's vocabulary"
 NOT_GREEDY, NONE_LEFT = "fixed point is not the greedy output", "no block left"
 
 
@@ -64,7 +62,7 @@ class _Shard:
 class Tracer:
     """Makes a shard of some prompts; ``sampler`` writes y*, None takes the rows' own completions."""
 
-    arguments: TrajectoriesArguments
+    arguments: JacobiTrajectoriesArguments
     source: Source
     model: PreTrainedModel
     sampler: Sampler | None
@@ -158,11 +156,6 @@ def _block(states: np.ndarray, number: int, iterations: list[int], lengths: list
     return BlockTrajectory(number=number, states=states[: iterations[number], number, : lengths[number]])
 
 
-def write_shards(prompts: Prompts, writer: TrajectoryWriter, tracer: Tracer) -> None:
-    """Writes every missing shard. ServerAwayError when a server does not come back; what is on disk stays good."""
-    there = sum(shard.prompts for shard in writer.index.shards.values())
-    with tqdm(total=len(prompts), initial=there, desc="Trajectories", unit="row", smoothing=0) as bar:
-        for number in writer.missing:
-            writer.write(number, tracer([prompts[i] for i in writer.prompts(number)], bar))
-            total = writer.index.summary
-            bar.set_postfix(blocks=f"{total['blocks']:,}", dropped=f"{sum(total['dropped_blocks'].values()):,}")
+def shown(total: Mapping[str, Any]) -> dict[str, str]:
+    """What stands beside the progress bar, of ``TrajectoryIndex.summary``."""
+    return {"blocks": f"{total['blocks']:,}", "dropped": f"{sum(total['dropped_blocks'].values()):,}"}
