@@ -38,7 +38,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A language model from a path or Hub id; ValueError with one line when there is none.
 
-    Checkpoints of ``kdlib.layouts`` (LLaDA, Dream, SDAR) become transformers classes, also where remote code is trusted: that
+    Checkpoints of ``kdlib.layouts`` (LLaDA, Dream, ...) become transformers classes, also where remote code is trusted: that
     is for the others.
     """
     options = {"dtype": dtype, "revision": revision, "device_map": device_map}
@@ -54,7 +54,7 @@ def load_model(
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of the model that ``load_model`` makes of a path or Hub id; OSError or ValueError when there is none."""
+    """The configuration of the model that ``load_model`` makes of a path or Hub id; OSError or ValueError without one."""
     config = _mapped_config(name, revision=revision, trust_remote_code=trust_remote_code)
     return config or AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -169,6 +169,25 @@ def check_streams(model: nn.Module, *, role: str) -> None:
             f"the {role} ({type(inner(model)).__name__}) does not place tokens by position_ids and mask alone, so it cannot "
             "read several streams in one pass: use a model with rotary or learned positions and plain attention layers"
         )
+
+
+@torch.no_grad()
+def fit_vocabulary(model: PreTrainedModel, vocab_size: int, *, tokens: int) -> int:
+    """Gives ``model`` embeddings and head of ``vocab_size`` entries in place; how many were added (or, below 0, cut).
+
+    An added entry is the mean of the first ``tokens`` rows. In a head it gives the mean of their logits, which is never above
+    the highest (zeros give 0, which may win), and by Jensen's inequality a probability of at most 1 / tokens. Entries are cut
+    from the end.
+    """
+    entries = model.get_input_embeddings().weight.shape[0]
+    if entries == vocab_size:
+        return 0
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    head = model.get_output_embeddings()
+    biases = [] if head is None or head.bias is None else [head.bias]
+    for rows in (model.get_input_embeddings().weight, head.weight, *biases):
+        rows[entries:] = rows[: min(tokens, entries)].float().mean(0)
+    return vocab_size - entries
 
 
 def eos_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:

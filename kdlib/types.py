@@ -231,14 +231,16 @@ class Positions:
 
     def to(self, device: torch.device) -> Positions:
         """The same rows on ``device``."""
-        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self._tensors().items()}
+        return replace(self, **moved)
 
     def kept(self, keep: Tensor) -> Positions:
         """The rows where ``keep`` [N] is true."""
         assert self.chunk is None and self.teacher_chunk is None, "rows of an aligned chunk cannot be left out alone"
         assert self.total is None, "a total counts rows that would be left out"
         keep = keep.to(self.index.device)
-        return replace(self, **{name: x[keep] for name, x in self._tensors().items()})
+        kept: dict[str, Any] = {name: x[keep] for name, x in self._tensors().items()}
+        return replace(self, **kept)
 
     @property
     def denominator(self) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdlib.cli.arguments import RunArguments
+from kdlib.cli.measuring import row_prompts
 from kdlib.cli.parsing import check_least
 from kdlib.cli.train import Run
 from kdlib.objectives import MaskedELBO, Objective
 
 if TYPE_CHECKING:
     from kdlib.decoding.diffusion_decoder import DiffusionDecoder
+    from kdlib.eval.diffusion_result import DiffusionSweep
     from kdlib.eval.page import Section
     from kdlib.trainers import DiffusionConfig, DistillationConfig, DistillationTrainer
 
@@ -44,7 +46,7 @@ class DecodingArguments:
     block_length: int | None = None
     strategy: Any = "ConfidenceThreshold"
     temperature: float = 0.0
-    cache: str | None = None
+    cache: Literal["prefix", "dual", "free", "block"] | None = None
 
 
 @dataclass
@@ -120,7 +122,37 @@ class DiffusionRun(Run):
 
     def measure(self, trainer: DistillationTrainer) -> Sequence[Section]:
         """Decoding of the model as it was and as it lies in final.tmp, into eval/diffusion.json and the report."""
-        return ()
+        from kdlib.eval.diffusion_report import diffusion_sections
+
+        if not self.arguments.evaluate.limit:
+            return ()
+        try:
+            found = self._measured(trainer)
+        except ValueError as error:  # prompts without room: no reason to lose what was trained
+            self.log.print(f"forwards are not measured: {error}", markup=False)
+            return ()
+        self.directory.write_json("eval/diffusion.json", found.to_json())
+        return diffusion_sections(found)
+
+    def _measured(self, trainer: DistillationTrainer) -> DiffusionSweep:
+        from kdlib.data import prompt_ids
+        from kdlib.decoding.sampling import context_length
+        from kdlib.diffusion.known import known_spec
+        from kdlib.eval import diffusion
+        from kdlib.models import load_config
+
+        options, decoder = self.arguments.evaluate, self._decoder()
+        context = context_length(trainer.model)
+        was = None if self.args.from_scratch else known_spec(load_config(self.arguments.model))
+        return diffusion(
+            str(self.directory.path / "final.tmp"),
+            base=None if was is None else self.arguments.model,
+            prompts=row_prompts(trainer, prompt_ids, limit=options.limit, max_new_tokens=decoder.gen_length, context=context),
+            gen_length=decoder.gen_length,
+            block_length=decoder.block_length,
+            batch_size=options.batch_size,
+            seed=self.args.seed,
+        )
 
     def next_command(self) -> str:
         return f"kdlib evaluate diffusion --model {self.directory.final} --base {self.arguments.model} --tasks TASK"

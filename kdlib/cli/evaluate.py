@@ -15,7 +15,8 @@ DESCRIPTION = """Scores a model: lm-eval tasks (--tasks), bits per byte of a tex
 KL to a teacher (--teacher).
 
 kdlib evaluate acceptance measures a draft for speculative decoding, kdlib evaluate jacobi the tokens per forward pass of a
-model that decodes in parallel: see their own --help."""
+model that decodes in parallel, kdlib evaluate diffusion accuracy against forward passes of a diffusion language model: see
+their own --help."""
 
 
 @dataclass
@@ -58,6 +59,10 @@ def run(words: list[str]) -> int:
         from kdlib.cli.evaluate_jacobi import run as run_jacobi
 
         return run_jacobi(words[1:])
+    if words[:1] == ["diffusion"]:
+        from kdlib.cli.evaluate_diffusion import run as run_diffusion
+
+        return run_diffusion(words[1:])
     options = parse("evaluate", DESCRIPTION, [EvaluateArguments, ScoringArguments], words)
     if options is None:
         return 0
@@ -108,11 +113,14 @@ def _task_results(arguments: EvaluateArguments, scoring: ScoringArguments) -> di
 
 
 def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
-    """Bits per byte and, with a teacher, KL, as a task named like the dataset; also flat, by their names."""
+    """Bits per byte (a bound for a diffusion model) and, with a teacher, KL, as a task named like the dataset; also flat, by
+    their names.
+    """
     import torch
 
     from kdlib.data import load_rows, prepare_dataset
-    from kdlib.eval import bits_per_byte, kl_to_teacher
+    from kdlib.eval import bits_per_byte, diffusion_bound, kl_to_teacher
+    from kdlib.eval.diffusion_config import is_diffusion
     from kdlib.models import load_model, load_tokenizer
 
     assert arguments.dataset_name is not None
@@ -123,7 +131,8 @@ def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(arguments.model, dtype=arguments.dtype)
     model.to(device)
-    text = bits_per_byte(model, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    measure = diffusion_bound if is_diffusion(model) else bits_per_byte
+    text = measure(model, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
     task = Path(arguments.dataset_name).stem
     results, scores = text.as_results(task=task), asdict(text)
     if arguments.teacher:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from kdlib.cli.parsing import parse
 
-USAGE = "usage: kdlib export draft --draft DIR --target DIR_OR_ID --output_path OUT [--OPTION VALUE ...]"
+USAGE = """usage: kdlib export draft --draft DIR --target DIR_OR_ID --output_path OUT [--OPTION VALUE ...]
+       kdlib export diffusion --model DIR_OR_ID --output_path OUT [--OPTION VALUE ...]"""
 DESCRIPTION = """Writes a draft for speculative decoding as a directory that vLLM loads, after the checks that
 vLLM makes and those it does not, and prints what to type.
 
@@ -48,6 +49,10 @@ def run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         console.print(USAGE, markup=False)
         return 0
+    if words[0] == "diffusion":
+        from kdlib.cli import export_diffusion
+
+        return export_diffusion.run(words[1:])
     if words[0] != "draft":
         raise ValueError(USAGE)
     options = parse("export draft", DESCRIPTION, [DraftExportArguments], words[1:])

@@ -21,6 +21,7 @@ import yaml
 from kdlib.cli.names import unknown
 
 CLASS_KEYS = ("objective",)
+OBJECTIVE_FIELDS = ("divergence",)  # fields of objectives that are themselves objectives
 USER_MODULE = "kdlib_user_"
 _typed_as: dict[str, str] = {}  # the module of a user's file -> the path as it was typed
 
@@ -76,7 +77,13 @@ def _expanded_fields(path: str, given: dict[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in known:
             raise ValueError(unknown(str(key), known, of=path.rsplit(".", 1)[1]))
-    return {key: expand_parts(value) if key == "parts" else value for key, value in given.items()}
+    return {key: _expanded_field(key, value) for key, value in given.items()}
+
+
+def _expanded_field(key: str, value: Any) -> Any:
+    if key == "parts":
+        return expand_parts(value)
+    return expand(value) if key in OBJECTIVE_FIELDS else value
 
 
 def expand_parts(parts: Any) -> list[list[Any]]:
@@ -98,11 +105,17 @@ def collapse(value: Any) -> Any:
     return [collapse(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def objective_names() -> list[str]:
-    """The objectives of kdlib.objectives, which need no module in front."""
+def objective_names(*, diffusion: bool | None = None) -> list[str]:
+    """The objectives of kdlib.objectives, which need no module in front; of diffusion models alone or without them."""
     home = importlib.import_module("kdlib.objectives")
     found = {name: getattr(home, name) for name in home.__all__}
-    return [name for name, cls in found.items() if is_dataclass(cls) and not inspect.isabstract(cls)]
+    names = [name for name, cls in found.items() if is_dataclass(cls) and not inspect.isabstract(cls)]
+    return [name for name in names if diffusion in (None, issubclass(found[name], _diffusion_base()))]
+
+
+def _diffusion_base() -> type:
+    base: type = importlib.import_module("kdlib.objectives.diffusion").DiffusionObjective
+    return base
 
 
 def class_fields(path: str) -> list[str]:

@@ -56,7 +56,7 @@ def show_help(command: str, description: str, classes: Sequence[type], *, everyt
             _section(
                 console,
                 "Objectives and their options: --objective Name --objective.OPTION VALUE",
-                _objectives(),
+                _objectives(diffusion=command == "diffusion"),
             )
     _section(console, "Every command", _general(hidden))
 
@@ -115,17 +115,20 @@ def _shown(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
-def _objectives() -> list[tuple[str, str, str]]:
+def _objectives(*, diffusion: bool) -> list[tuple[str, str, str]]:
     home = importlib.import_module("kdlib.objectives")
     rows = []
-    for name in objective_names():
+    for name in objective_names(diffusion=diffusion):
         cls = getattr(home, name)
-        own = [field for field in dataclasses.fields(cls) if field.name not in ("temperature", "t_squared")]
-        options = ", ".join(f"{field.name}={_shown(field.default)}" for field in own)
+        own = [field for field in dataclasses.fields(cls) if diffusion or field.name not in ("temperature", "t_squared")]
+        options = ", ".join(f"{field.name}={shown_default(cls, field.name)}" for field in own)
         rows.append((name, options, _title(cls)))
+    base = "DiffusionObjective" if diffusion else "RowObjective"
+    rows.append(("file.py:Name", "", f"one of your own: a frozen dataclass derived from {base}"))
+    if diffusion:
+        return rows
     return [
         *rows,
-        ("file.py:Name", "", "one of your own: a frozen dataclass derived from RowObjective"),
         (
             "all of them",
             "temperature=1.0, t_squared=false",

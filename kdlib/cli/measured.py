@@ -11,8 +11,9 @@ from kdlib.eval.report_parts import interval_text
 
 
 def measured_rows(directory: RunDirectory) -> list[list[str]]:
-    """[what, value with interval, prompts] of a draft's acceptance and of Jacobi decoding, where they were measured."""
-    return [*_acceptance(_read(directory, "acceptance")), *_jacobi(_read(directory, "jacobi"))]
+    """[what, value with interval, prompts] of a draft's acceptance and of parallel decoding, where they were measured."""
+    found = {name: _read(directory, name) for name in ("acceptance", "jacobi", "diffusion")}
+    return [*_acceptance(found["acceptance"]), *_jacobi(found["jacobi"]), *_diffusion(found["diffusion"])]
 
 
 def _read(directory: RunDirectory, name: str) -> dict[str, Any]:
@@ -29,6 +30,18 @@ def _acceptance(found: dict[str, Any]) -> list[list[str]]:
             str(found["prompts"]),
         ]
         for one in found.get("empirical", ())
+    ]
+
+
+def _diffusion(found: dict[str, Any]) -> list[list[str]]:
+    names = {"base": "tokens per forward, before", "model": "tokens per forward"}
+    return [
+        [
+            f"{names[one['model']]}, {next(iter(one['strategy']))}",
+            interval_text(Estimate(**one["tokens_per_forward"])),
+            str(one["answers"]),
+        ]
+        for one in found.get("points", ())
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from kdlib.cli.grammar import CLASS_KEYS, collapse, expand, expand_parts, read_value, read_yaml
+from kdlib.cli.grammar import CLASS_KEYS, OBJECTIVE_FIELDS, collapse, expand, expand_parts, read_value, read_yaml
 from kdlib.cli.messages import parse_error, value_error
 from kdlib.cli.names import LEFT_OUT, unknown
 
@@ -132,7 +132,7 @@ def _hint(name: str, hints: dict[str, Any]) -> Any:
 def _as_json(name: str, value: str, *, hints: dict[str, Any]) -> str:
     if name == "config":
         return json.dumps(_checked(read_yaml(value), hints, source=value))
-    if name in CLASS_KEYS:
+    if name in CLASS_KEYS or name.rpartition(".")[2] in OBJECTIVE_FIELDS:
         return json.dumps(expand(read_value(value, source=f"--{name}")))
     if name.endswith(".parts"):
         return json.dumps(expand_parts(read_value(value, source=f"--{name}")))

@@ -74,6 +74,7 @@ def diffusion_generate(
     """
     _check_options(spec, gen_length=gen_length, block_length=block_length, temperature=temperature, cache=cache)
     check_diffusion(model, spec)
+    assert spec.mask_token_id is not None
     padding = left_padding(model, input_ids, attention_mask=attention_mask)
     check_canvas(model, input_ids, padding=padding, spec=spec, gen_length=gen_length)
     seeds = row_seeds(seeds, rows=len(input_ids), generator=generator) if temperature > 0 else ()
@@ -104,6 +105,8 @@ def _ending(model: nn.Module, spec: DiffusionSpec, *, stop_ids: Sequence[int] | 
 
 def _check_options(spec: DiffusionSpec, *, gen_length: int, block_length: int, temperature: float, cache: Cache | None) -> None:
     check_lengths(gen_length=gen_length, block_length=block_length, temperature=temperature, cache=cache)
+    if spec.attention == "canvas":
+        raise ValueError("a model with a canvas of random tokens is decoded by its own generate(), not by masks")
     if spec.attention == "block_causal" and block_length != spec.block_length:
         raise ValueError(
             f"the model's attention has blocks of {spec.block_length}: decode with that block_length, not {block_length}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ def decoder_of(config: Any) -> DiffusionDecoder:
     written = getattr(config, "diffusion", None) or {}  # published models do not have the entry
     if "decoding" in written:
         return DiffusionDecoder.from_json(written["decoding"])
-    return replace(DiffusionDecoder(), **({} if spec.block_length is None else {"block_length": spec.block_length}))
+    return DiffusionDecoder() if spec.block_length is None else DiffusionDecoder(block_length=spec.block_length)
 
 
 # The settings that the methods' papers and repositories report: one token a pass (LLaDA; Dream by entropy), dParallel's and

@@ -144,4 +144,4 @@ def _committed_last(commit_step: Tensor, *, u: Tensor, segment: Tensor, ratio: T
     size = segment.sum(1)
     masked = torch.minimum((ratio * size + 0.5).long().clamp(min=1), size)
     whole = size.clamp(min=1)[:, None]
-    return (place + 0.5) / whole, (masked[:, None] / whole).expand(u.shape)
+    return (place.to(u.dtype) + 0.5) / whole, (masked[:, None].to(u.dtype) / whole).expand(u.shape)

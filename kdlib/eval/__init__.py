@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kdlib.eval.bpb import BitsPerByte, bits_per_byte
     from kdlib.eval.callback import EvaluateCallback
     from kdlib.eval.comparison import comparison_report
+    from kdlib.eval.diffusion_bits import DiffusionBound, diffusion_bound
+    from kdlib.eval.diffusion_call import diffusion
+    from kdlib.eval.diffusion_result import DiffusionSweep
     from kdlib.eval.divergence import kl_to_teacher
     from kdlib.eval.harness import evaluate
     from kdlib.eval.jacobi_call import jacobi
@@ -26,12 +29,16 @@ if TYPE_CHECKING:
 _HOME = {
     "AcceptanceResult": "acceptance_measurement",
     "BitsPerByte": "bpb",
+    "DiffusionBound": "diffusion_bits",
+    "DiffusionSweep": "diffusion_result",
     "EvaluateCallback": "callback",
     "JacobiResult": "jacobi_measurement",
     "Section": "page",
     "acceptance": "acceptance_call",
     "bits_per_byte": "bpb",
     "comparison_report": "comparison",
+    "diffusion": "diffusion_call",
+    "diffusion_bound": "diffusion_bits",
     "evaluate": "harness",
     "jacobi": "jacobi_call",
     "kl_to_teacher": "divergence",
@@ -44,12 +51,16 @@ _HOME = {
 __all__ = [
     "AcceptanceResult",
     "BitsPerByte",
+    "DiffusionBound",
+    "DiffusionSweep",
     "EvaluateCallback",
     "JacobiResult",
     "Section",
     "acceptance",
     "bits_per_byte",
     "comparison_report",
+    "diffusion",
+    "diffusion_bound",
     "evaluate",
     "jacobi",
     "kl_to_teacher",

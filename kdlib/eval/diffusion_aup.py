@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 DROPPED_BELOW = 5.0  # points of accuracy below the first point, beyond which a point no longer counts
 DECAY = 3.0
@@ -24,8 +25,8 @@ def aup(points: Sequence[CurvePoint], *, best: float) -> float:
     first, *later = sorted(points)
     kept = [first, *(point for point in later if point[1] >= first[1] - DROPPED_BELOW)]
     heights = [y * _weight(y, best=best) for _, y in kept]
-    steps = [after[0] - before[0] for before, after in zip(kept, kept[1:], strict=False)]
-    area = sum(step * (low + high) / 2 for step, low, high in zip(steps, heights, heights[1:], strict=False))
+    steps = [after[0] - before[0] for before, after in pairwise(kept)]
+    area = sum(step * (low + high) / 2 for step, (low, high) in zip(steps, pairwise(heights), strict=True))
     return first[0] * first[1] + area
 
 

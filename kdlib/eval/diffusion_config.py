@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig
 
+from kdlib.decoding.diffusion_decoder import DiffusionDecoder, decoder_of
 from kdlib.diffusion import spec_of
-from kdlib.layouts import read_config
-from kdlib.models import inner
+from kdlib.models import inner, load_config
 
 
 def is_adapter(model: Any) -> bool:
@@ -30,9 +30,7 @@ def config_of(model: nn.Module | str | os.PathLike[str]) -> Any:
     if isinstance(model, nn.Module):
         return inner(model).config
     name = os.fspath(model)
-    if (published := read_config(name)) is not None:
-        return published
-    return AutoConfig.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else name)
+    return load_config(PeftConfig.from_pretrained(name).base_model_name_or_path if is_adapter(name) else name)
 
 
 def is_diffusion(model: nn.Module | str | os.PathLike[str]) -> bool:
@@ -42,3 +40,8 @@ def is_diffusion(model: nn.Module | str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def decoder_with(config: Any, options: Mapping[str, Any]) -> DiffusionDecoder:
+    """The decoder of a configuration with some ``options`` in place of its own; ValueError for one it does not have."""
+    return DiffusionDecoder.from_json({**decoder_of(config).to_json(), **options})

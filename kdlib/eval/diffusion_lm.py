@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -13,36 +12,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from kdlib.decoding.diffusion_decoder import DiffusionDecoder, decoder_of
+from kdlib.decoding.diffusion_decoder import DiffusionDecoder
 from kdlib.decoding.strategies import LowConfidence
 from kdlib.diffusion import check_diffusion, spec_of
+from kdlib.eval.diffusion_config import decoder_with
+from kdlib.eval.diffusion_counts import Counts
 from kdlib.eval.diffusion_likelihood import Text, log_likelihoods
 from kdlib.eval.models import DistilledLM, single_tokens
 from kdlib.models import check_head, inner
 
 Pair = tuple[Any, list[int], list[int]]  # lm-eval's request: (its texts, context tokens, continuation tokens)
-ANNOUNCED_AFTER = 3  # batches
-
-
-@dataclass(kw_only=True)
-class Counted:
-    """What was decoded so far: tokens before the end token and passes of each answer, in the order of decoding; seconds."""
-
-    tokens: list[int] = field(default_factory=list)
-    forwards: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        tokens, forwards = sum(self.tokens), sum(self.forwards)
-        return {
-            "answers": len(self.tokens),
-            "tokens": tokens,
-            "forwards": forwards,
-            "tokens_per_forward": tokens / forwards if forwards else None,
-            "seconds": self.seconds,
-        }
 
 
 @register_model("kdlib-diffusion")
@@ -63,9 +43,7 @@ class DiffusionLM(DistilledLM):
     Raises ValueError for a model that is no masked diffusion model, and for generation options that the decoder does not have.
     """
 
-    def __init__(
-        self, pretrained: Any, *, mc_samples: int = 128, check_greedy: bool = False, seed: int | None = None, **arguments: Any
-    ) -> None:
+    def __init__(self, pretrained: Any, *, mc_samples: int = 128, check_greedy: bool = False, **arguments: Any) -> None:
         ours = {field.name for field in fields(DiffusionDecoder)}
         given = {name: value for name, value in arguments.items() if name in ours}
         super().__init__(pretrained, **{name: value for name, value in arguments.items() if name not in ours})
@@ -73,8 +51,8 @@ class DiffusionLM(DistilledLM):
         self.spec, self.mc_samples, self.check_greedy = spec_of(config), mc_samples, check_greedy
         check_diffusion(self.model, self.spec)
         check_head(self.model, role="model")
-        self.decoder = decoder_with(decoder_of(config), given if seed is None else {**given, "seed": seed})
-        self.counted, self._expected, self._batches = Counted(), 0, 0
+        self.decoder = decoder_with(config, given)
+        self.counted, self._expected = Counts(), 0
 
     @property
     def max_gen_toks(self) -> int:
@@ -82,7 +60,7 @@ class DiffusionLM(DistilledLM):
         return self.decoder.gen_length
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        self._expected, self._batches = len(self.counted.tokens) + len(requests), 0
+        self._expected = len(self.counted.tokens) + len(requests)
         answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return answers
 
@@ -100,9 +78,8 @@ class DiffusionLM(DistilledLM):
                 new = output.sequences[:, -room:]
                 behind = torch.arange(room, device=new.device) >= output.lengths.to(new.device)[:, None]
                 answers[rows] = new.masked_fill(behind, self.tokenizer.pad_token_id).to(answers.device)
-                self.counted.tokens += output.lengths.tolist()
-                self.counted.forwards += output.forwards.tolist()
-        self._took(time.perf_counter() - start)
+                self.counted.add(output)
+        self.counted.took(time.perf_counter() - start, expected=self._expected)
         return torch.cat([context, answers], dim=1)
 
     def _precision(self) -> torch.autocast:
@@ -115,15 +92,6 @@ class DiffusionLM(DistilledLM):
         """The model's end tokens and the stop strings that are one token."""
         own = () if self.spec.eos_token_id is None else (self.spec.eos_token_id,)
         return list(dict.fromkeys([*own, *single_tokens(self.tokenizer, stop)]))
-
-    def _took(self, seconds: float) -> None:
-        """Adds up, and says once how long all answers will take: longest prompts come first, so it is rather too much."""
-        self.counted.seconds += seconds
-        self._batches += 1
-        done = len(self.counted.tokens)
-        if self._batches == ANNOUNCED_AFTER and done < self._expected:
-            left = self.counted.seconds / done * (self._expected - done)
-            tqdm.write(f"{done} of {self._expected} answers decoded, about {_time(left)} left", file=sys.stderr)
 
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, override_bs: int | None = None
@@ -188,16 +156,6 @@ class DiffusionLM(DistilledLM):
         }
 
 
-def decoder_with(decoder: DiffusionDecoder, options: Mapping[str, Any]) -> DiffusionDecoder:
-    """``decoder`` with some of its options as users write them; ValueError for one it does not have, or out of range."""
-    known = [field.name for field in fields(DiffusionDecoder)]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"the diffusion decoder has no option {', '.join(unknown)}: its options are {', '.join(known)}")
-    found = DiffusionDecoder.from_json({**decoder.to_json(), **options})
-    found.check()
-    return found
-
-
 def _temperature(generation: Mapping[str, Any], *, default: float) -> float:
     """Of a task's generation options as lm-eval normalises them: its do_sample false comes with temperature 0."""
     if more := sorted(set(generation) - {"do_sample", "temperature"}):
@@ -213,8 +171,3 @@ def _text(context: list[int], continuation: list[int], *, longest: int) -> Text:
         raise ValueError(f"a continuation of {len(continuation)} tokens does not fit into max_length {longest}: raise it")
     ids = [*context, *continuation][-longest:]
     return Text(ids=ids, scored=list(range(len(ids) - len(continuation), len(ids))))
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

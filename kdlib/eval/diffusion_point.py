@@ -21,7 +21,8 @@ FOLDER = "points"
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """``scores``: rows of ``kdlib.eval.results.summary_rows``, none for prompts. ``tokens`` and ``forwards``: of each answer,
-    before the end token, and its passes; ``seconds``: of all batches, on ``machine``.
+    before the end token, and its passes; ``guide_forwards``: a guiding model's, of all answers. ``seconds``: of all batches, on
+    ``machine``.
     """
 
     model: str
@@ -30,6 +31,7 @@ class Point:
     scores: list[dict[str, Any]] = field(repr=False)
     tokens: list[int] = field(repr=False)
     forwards: list[int] = field(repr=False)
+    guide_forwards: int
     seconds: float
     machine: str
 
@@ -67,7 +69,7 @@ class Point:
 
 
 class Points:
-    """The points of a directory, one JSON file each, that appear whole or not at all; None keeps nothing.
+    """The points of a directory, one JSON file each, that appear whole or not at all; None keeps them in memory alone.
 
     ``settings``: what they were measured with. Raises ValueError naming what differs when the directory has points of other
     settings.
@@ -75,6 +77,7 @@ class Points:
 
     def __init__(self, directory: Path | None, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = None if directory is None else directory / FOLDER, dict(settings)
+        self._held: dict[str, Point] = {}
         for path in () if self.folder is None else sorted(self.folder.glob("*.json")):
             if changed := _changes(json.loads(path.read_text(encoding="utf-8"))["settings"], self.settings):
                 raise ValueError(
@@ -83,23 +86,26 @@ class Points:
                 )
 
     def load(self, model: str, strategy: Mapping[str, Any], task: str) -> Point | None:
-        """The point, where an earlier run measured it."""
-        path = self._path(model, strategy, task)
-        if path is None or not path.is_file():
-            return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Point(**{part.name: content[part.name] for part in fields(Point)})
+        """The point, where it has been measured."""
+        name = _name(model, strategy, task)
+        if name not in self._held and self.folder is not None and (self.folder / name).is_file():
+            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            self._held[name] = Point(**{part.name: content[part.name] for part in fields(Point)})
+        return self._held.get(name)
 
     def save(self, point: Point) -> None:
-        if (path := self._path(point.model, point.strategy, point.task)) is not None:
+        name = _name(point.model, point.strategy, point.task)
+        self._held[name] = point
+        if self.folder is not None:
             content = {**asdict(point), "settings": self.settings}
-            write_whole(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+            write_whole(self.folder / name, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def _path(self, model: str, strategy: Mapping[str, Any], task: str) -> Path | None:
-        """Readable, and another one for everything that differs."""
-        named = json.dumps([model, strategy, task], sort_keys=True)
-        words = re.sub(r"[^A-Za-z0-9.]+", "_", f"{model}-{next(iter(strategy))}-{task}")[-80:]
-        return None if self.folder is None else self.folder / f"{words}-{xxhash.xxh64_hexdigest(named)}.json"
+
+def _name(model: str, strategy: Mapping[str, Any], task: str) -> str:
+    """A file's name: readable, and another one for everything that differs."""
+    hashed = xxhash.xxh64_hexdigest(json.dumps([model, strategy, task], sort_keys=True).encode())
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", f"{model}-{next(iter(strategy))}-{task}")[-80:]
+    return f"{words}-{hashed}.json"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -112,4 +118,4 @@ def weights_of(model: str) -> str | None:
     """A hash of names, sizes and times of a local model's weights, so that a model that was trained again is another one."""
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
     seen: Sequence[Any] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return xxhash.xxh64_hexdigest(json.dumps(seen)) if seen else None
+    return xxhash.xxh64_hexdigest(json.dumps(seen).encode()) if seen else None

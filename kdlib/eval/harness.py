@@ -18,6 +18,8 @@ from kdlib.eval.results import write_results
 from kdlib.eval.tasks import find_tasks
 from kdlib.models import evaluating
 
+AS_IT_IS = {"device": None, "dtype": "auto"}  # no option of loading
+
 
 def evaluate(
     model: Any,
@@ -63,9 +65,7 @@ def evaluate(
         manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, include_path=include_path)
         loading = {"device": device, "dtype": dtype, **(model_args or {})}
         with quiet_lm_eval():
-            made = (_loaded if by_path else _borrowed)(
-                model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder
-            )
+            made = (_loaded if by_path else borrowed)(model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder)
         results = score(
             made,
             names,
@@ -146,16 +146,16 @@ def _loaded(
         raise ValueError(f"cannot load {os.fspath(model)!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _borrowed(
+def borrowed(
     model: Any,
     tokenizer: Any,
     *,
     batch_size: int | str,
-    loading: Mapping[str, Any],
-    decoder: Mapping[str, Any] | None,
+    loading: Mapping[str, Any] = AS_IT_IS,
+    decoder: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A model object as lm-eval's kind of model."""
-    if loading != {"device": None, "dtype": "auto"}:
+    """A model object as lm-eval's kind of model; ValueError without a tokenizer, and with ``loading`` options."""
+    if loading != AS_IT_IS:
         raise ValueError("device, dtype and model_args are for loading: a model object is scored as it is")
     if tokenizer is None:
         raise ValueError("a model object is scored with its tokenizer: give tokenizer=...")
@@ -165,13 +165,14 @@ def _borrowed(
 
 def _kind(model: Any, decoder: Mapping[str, Any] | None) -> Callable[..., Any]:
     """What makes lm-eval's kind of model."""
-    from kdlib.eval.diffusion_config import is_diffusion
+    from kdlib.eval.diffusion_config import config_of, decoder_with, is_diffusion
     from kdlib.eval.jacobi_decoder import check_options
     from kdlib.eval.models import DistilledLM, JacobiLM
 
     if is_diffusion(model):
         from kdlib.eval.diffusion_lm import DiffusionLM
 
+        decoder_with(config_of(model), decoder or {})
         return partial(DiffusionLM, **(decoder or {}))
     if decoder is None:
         return DistilledLM

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from kdlib.decoding.sampling import generate
 from kdlib.eval.acceptance_statistics import Array, Estimate, Sums, ratio_change
 from kdlib.eval.jacobi_decoder import JacobiDecoder, Request
+from kdlib.eval.machine import machine_of
 from kdlib.types import SamplingParams
 
 Job = Callable[[list[int]], tuple[int, int]]  # a prompt -> its new tokens and the passes they took, the prompt's left out
@@ -56,7 +56,7 @@ def measure_jacobi_timing(
     change = ratio_change(ours, greedy, resamples=resamples, seed=seed)
     low, high = (None if bound is None else 1.0 + bound for bound in (change.low, change.high))
     return JacobiTiming(
-        machine=_machine(request.model),
+        machine=machine_of(request.model),
         prompts=len(prompts),
         tokens_per_second=float(ours.of.sum() / ours.per.sum()),
         greedy_tokens_per_second=float(greedy.of.sum() / greedy.per.sum()),
@@ -99,10 +99,3 @@ def greedy_outputs(request: Request, prompts: Sequence[list[int]]) -> list[list[
         batch_size=request.batch_size,
     )
     return [one.ids for one in found]
-
-
-def _machine(model: Any) -> str:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, torch threads: {torch.get_num_threads()}"

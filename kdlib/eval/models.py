@@ -16,6 +16,8 @@ from torch import Tensor
 from kdlib.decoding.prompts import stops_of
 from kdlib.eval.diffusion_config import is_adapter
 from kdlib.eval.jacobi_decoder import JacobiDecoder
+from kdlib.layouts import read_config, tokenizer_class
+from kdlib.models import load_model, load_tokenizer
 
 SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p")  # of no effect on greedy decoding
 
@@ -24,8 +26,9 @@ SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p") 
 class DistilledLM(HFLM):
     """lm-eval's ``hf`` model, which also takes an adapter directory and finds its base model and tokenizer.
 
-    Every other argument is HFLM's own. The adapter goes onto the base model as it is, whose vocabulary is not
-    resized to the tokenizer's: an adapter on a padded lm_head would no longer fit.
+    Every other argument is HFLM's own. Checkpoints of ``kdlib.layouts`` become transformers classes. The adapter
+    goes onto the base model as it is, whose vocabulary is not resized to the tokenizer's: an adapter on a padded
+    lm_head would no longer fit.
     """
 
     def __init__(self, pretrained: Any, *, tokenizer: Any = None, **hflm_arguments: Any) -> None:
@@ -36,9 +39,23 @@ class DistilledLM(HFLM):
                 tokenizer = self.adapter
         super().__init__(pretrained, tokenizer=tokenizer, **hflm_arguments)
 
-    def _create_model(self, pretrained: str, **arguments: Any) -> None:
-        super()._create_model(pretrained, **arguments)
+    def _get_config(self, pretrained: str, *, revision: str, **arguments: Any) -> None:
+        self._config = read_config(pretrained, revision=revision)
+        if self._config is None:
+            super()._get_config(pretrained, revision=revision, **arguments)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *, revision: str, **arguments: Any) -> None:
+        name = pretrained if tokenizer is None else tokenizer
+        if isinstance(name, str) and tokenizer_class(name) is not None:
+            tokenizer = load_tokenizer(name)
+        super()._create_tokenizer(pretrained, tokenizer, revision=revision, **arguments)
+
+    def _create_model(self, pretrained: str, *, revision: str, dtype: Any, **arguments: Any) -> None:
         self._model: Any
+        if read_config(pretrained, revision=revision) is None:
+            super()._create_model(pretrained, revision=revision, dtype=dtype, **arguments)
+        else:
+            self._model = load_model(pretrained, revision=revision, dtype=dtype, device_map={"": self.device})
         if self.adapter is not None:
             self._model = PeftModel.from_pretrained(self._model, self.adapter)
 

@@ -17,9 +17,9 @@ _OF_THE_FILE = ("architectures", "auto_map", "model_type", "transformers_version
 class Layout:
     """A published layout, one ``model_type`` of config.json, whose keys are those of the transformers configuration.
 
-    model: the transformers class. renames: (published, transformers) parts of parameter names; every pair that matches is
-    applied, in this order. required: {key of config.json: (values with which the class computes the same, what an absent key
-    stands for)}. tokenizers: {tokenizer class that is remote code: the transformers class that splits alike}.
+    model: the transformers class. renames: (published, transformers) beginnings of parameter names, {} for the number of a
+    layer; others stay as they are. required: {key of config.json: (values with which the class computes the same, what an
+    absent key stands for)}. tokenizers: {tokenizer class that is remote code: the transformers class that splits alike}.
     """
 
     model_type: str
@@ -50,10 +50,16 @@ class Layout:
 
     def key_mapping(self) -> dict[str, str]:
         """The renames as ``from_pretrained(key_mapping=)`` takes them: {regular expression: replacement}."""
-        return {re.escape(published): ours for published, ours in self.renames}
+        return {_pattern(published): ours.replace("{}", r"\1") for published, ours in self.renames}
 
     def published_name(self, name: str) -> str:
         """The checkpoint's own name of the transformers class's parameter ``name``."""
-        for published, ours in reversed(self.renames):
-            name = name.replace(ours, published, 1)
+        for published, ours in self.renames:
+            name, found = re.subn(_pattern(ours), published.replace("{}", r"\1"), name)
+            if found:
+                break
         return name
+
+
+def _pattern(start: str) -> str:
+    return "^" + re.escape(start).replace(r"\{\}", r"(\d+)")

@@ -1,4 +1,4 @@
-"""The published layouts: LLaDA, Dream and SDAR, each with the transformers class that has the same layers."""
+"""The published layouts: LLaDA, Dream, SDAR and Fast-dLLM v2, each with the transformers class that has the same layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,15 @@ SDAR = Layout(
     required={"use_sliding_window": ((False, None), False)},
 )
 
-LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (LLADA, DREAM, SDAR)}
+# modeling.py of Efficient-Large-Model/Fast_dLLM_v2_*: Qwen2.5 fine-tuned, its block-causal attention a mask from outside.
+FAST_DLLM = Layout(
+    model_type="Fast_dLLM_Qwen",
+    model="Qwen2ForCausalLM",
+    config_class=Qwen2Config,
+    required={"use_sliding_window": ((False, None), False)},
+)
+
+LAYOUTS: dict[str, Layout] = {layout.model_type: layout for layout in (LLADA, DREAM, SDAR, FAST_DLLM)}
 
 
 def layout_of(published: Mapping[str, Any]) -> Layout | None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -29,7 +30,7 @@ def read_config(name: str, *, revision: str | None = None) -> PreTrainedConfig |
     if written := published.pop("diffusion", None):
         config.update({"diffusion": written})
     if said := published.get("dtype") or published.get("torch_dtype"):
-        config.dtype = said
+        config.dtype = getattr(torch, said)
     if "auto_map" in published and not Path(name).is_dir():  # code on the Hub is found from other directories by its repository
         published["auto_map"] = {auto: f"{name}--{at.split('--')[-1]}" for auto, at in published["auto_map"].items()}
     config.update({ORIGINAL: published})
@@ -61,11 +62,8 @@ def tokenizer_class(name: str, *, revision: str | None = None) -> Any:
 
 
 def _config_json(name: str, *, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """The model's name, an adapter's base model, and its config.json."""
-    try:
-        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    except OSError:
-        if (adapter := find_adapter_config_file(name, revision=revision)) is None:
-            raise
+    """The model's name, of an adapter its base model's, and the config.json; empty where there is none."""
+    content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if not content and (adapter := find_adapter_config_file(name, revision=revision)) is not None:
         return _config_json(json.loads(Path(adapter).read_text())["base_model_name_or_path"], revision=None)
     return name, {key: value for key, value in content.items() if not key.startswith("_")}

@@ -27,9 +27,9 @@ class SelfTeacher:
     """The student's own distribution, without gradients and without dropout.
 
     kind: ``student`` (as it is in this step), ``ema`` (an exponential moving average of its trained weights in float32),
-    ``copy`` (as it was at the start, or at the last ``refresh``) or ``adapter_off`` (the model below the student's adapter). decay: of the average, ema = decay ema + (1 - decay) student after
-    each optimizer step. Rows with a ``teacher_prompt`` show the teacher more than the student sees: without that,
-    ``student`` has nothing to teach.
+    ``copy`` (as it was at the start, or at the last ``refresh``, in float32) or ``adapter_off`` (the model below the student's
+    adapter). decay: of the average, ema = decay ema + (1 - decay) student after each optimizer step. Rows with a
+    ``teacher_prompt`` show the teacher more than the student sees: without that, ``student`` has nothing to teach.
     vocab_size: cut the head to this many entries (the tokenizer's length), set by the trainer.
     """
 
@@ -110,19 +110,20 @@ class SelfTeacher:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Reads what ``save`` wrote; ValueError when the checkpoint has no average or one of another student."""
-        if self.kind != "ema":
+        """Reads what ``save`` wrote; ValueError when the checkpoint has no such weights or those of another student."""
+        if not self.keeps_weights:
             return
         if not (directory / EMA_FILE).is_file():
-            raise ValueError(f"{directory} holds no {EMA_FILE}: it was not written with SelfTeacher(kind='ema'), start anew")
+            kind = f"SelfTeacher(kind={self.kind!r})"
+            raise ValueError(f"{directory} holds no {EMA_FILE}: it was not written with {kind}, start anew")
         saved, averages = load_file(directory / EMA_FILE), self._averages()
         if {n: x.shape for n, x in saved.items()} != {n: x.shape for n, x in averages.items()}:
-            raise ValueError(f"{directory / EMA_FILE} averages other weights than this student trains: start anew")
+            raise ValueError(f"{directory / EMA_FILE} keeps other weights than this student trains: start anew")
         for name, average in averages.items():
             average.copy_(saved[name])
 
     def _averages(self) -> dict[str, Tensor]:
-        """The averaged parameters by the student's names: all, or those that an adapter trains."""
+        """The teacher's own parameters by the student's names: all, or those that an adapter trains."""
         assert self.student is not None and self.model is not None
         shared = {id(parameter) for parameter in self.student.parameters()}
         return {name: x for name, x in self.model.named_parameters() if id(x) not in shared}

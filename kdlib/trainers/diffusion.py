@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.data import load_rows
 from kdlib.data.diffusion import DiffusionCollator
+from kdlib.data.draft import UNSCORED
 from kdlib.diffusion.convert import as_diffusion, check_diffusion
 from kdlib.head import Head
 from kdlib.models import evaluating, hidden_states, inner
@@ -45,6 +46,7 @@ class DiffusionTrainer(DistillationTrainer):
 
     args: DiffusionConfig
     objective: DiffusionObjective
+    masks_rows = True
     makes_models = True  # whether an auto-regressive model becomes a diffusion model here
 
     def __init__(
@@ -62,9 +64,10 @@ class DiffusionTrainer(DistillationTrainer):
         args = args or DiffusionConfig(output_dir=setup.default_output_dir(model))
         objective = check_objective(objective or self.default_objective())
         tokenizer = processing_class or setup.student_tokenizer(model, args)
-        self.spec = student_spec(model, tokenizer, args, objective=objective, makes=self.makes_models)
+        adapted = options.get("peft_config") is not None
+        self.spec = student_spec(model, tokenizer, args, objective=objective, makes=self.makes_models, adapted=adapted)
         teacher = resolve_teacher(teacher, args.teacher_options) or self.default_teacher(objective, options)
-        check_teacher(teacher, objective)
+        check_teacher(teacher, objective, self.spec)
         self.layout = Layout(spec=self.spec, clean=args.context == "clean" and self.spec.attention == "block_causal")
         self.teacher_layout = teacher_layout(teacher, objective, self.spec)
         self.masking = args.masks(objective.masking)
@@ -83,6 +86,7 @@ class DiffusionTrainer(DistillationTrainer):
                 eos_token_id=self.spec.eos_token_id,
                 eos_padding=self.spec.eos_padding,
                 block_length=args.block_length,
+                blocks_from=self.spec.blocks_from,
                 response_length=args.response_length,
                 max_length=args.max_length,
             ),
@@ -113,6 +117,13 @@ class DiffusionTrainer(DistillationTrainer):
         super().check_student(student)
         check_diffusion(student, self.spec, role="student")
 
+    @property
+    def _bound(self) -> DiffusionObjective:
+        """The objective as it stands in this step."""
+        bound = self.objective.bind(self.objective_state)
+        assert isinstance(bound, DiffusionObjective)
+        return bound
+
     def term_weight(self, term: str) -> float:
         return self.objective.weights.get(term, 1.0)
 
@@ -136,9 +147,10 @@ class DiffusionTrainer(DistillationTrainer):
     def _masked(self, batch: Batch, *, step: int, progress: float) -> Batch:
         device = self.accelerator.device
         batch = send_to_device(batch, "cpu")
+        batch["rank"] = batch["rank"].masked_fill(batch["labels"] == UNSCORED, -1)  # rows that another rank has already
         draws = draws_of(batch, seed=self.args.seed, step=step)
         noise = self.masking.noise(rows_of(batch, self.spec), draws, progress=progress)
-        corruption = self.objective.bind(self.objective_state).corrupt(noise)
+        corruption = self._bound.corrupt(noise)
         ids = [self._with_masks(batch["input_ids"], view.masked) for view in corruption.student]
         made = stacked([self.layout.inputs(view, batch) for view in ids])
         if corruption.teacher:
@@ -199,7 +211,7 @@ class DiffusionTrainer(DistillationTrainer):
             name: StudentSignal(hidden=hidden.index_select(0, where.index), head=head, positions=where)
             for name, where in batch["positions"].items()
         }
-        found = self.objective.bind(self.objective_state).terms(student, signals, metrics=self._watching)
+        found = self._bound.terms(student, signals, metrics=self._watching)
         return {name: replace(loss, count=batch["positions"][name].denominator) for name, loss in found.items()}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data import Prepared
-from kdlib.diffusion.convert import with_mask_token
+from kdlib.diffusion.convert import check_diffusion, with_mask_token
 from kdlib.diffusion.known import known_spec
 from kdlib.diffusion.masking import Masking
 from kdlib.diffusion.spec import DiffusionSpec
@@ -30,8 +30,8 @@ def check_objective(objective: Any) -> DiffusionObjective:
     return objective
 
 
-def check_teacher(teacher: Any, objective: DiffusionObjective) -> None:
-    """ValueError for a teacher that does not read masked rows and give whole distributions on them."""
+def check_teacher(teacher: Any, objective: DiffusionObjective, spec: DiffusionSpec) -> None:
+    """ValueError for a teacher that does not read rows masked for ``spec`` and give whole distributions on them."""
     if teacher is not None and not isinstance(teacher, SelfTeacher | HFTeacher):
         raise ValueError(
             "a diffusion teacher reads masked rows in this process: a path, or SelfTeacher (student, ema or adapter_off), not "
@@ -39,6 +39,14 @@ def check_teacher(teacher: Any, objective: DiffusionObjective) -> None:
         )
     if teacher is not None and objective.accepts is None:
         raise ValueError(f"{type(objective).__name__} compares with no teacher: leave teacher out")
+    if isinstance(teacher, HFTeacher):
+        own = known_spec(teacher.model.config) or spec
+        check_diffusion(teacher.model, own, role="teacher")
+        if own.mask_token_id != spec.mask_token_id:
+            raise ValueError(
+                f"the teacher's mask token is id {own.mask_token_id}, the student's {spec.mask_token_id}: "
+                "they have to read the same rows"
+            )
 
 
 def student_spec(
@@ -48,13 +56,15 @@ def student_spec(
     *,
     objective: DiffusionObjective,
     makes: bool,
+    adapted: bool = False,
 ) -> DiffusionSpec:
-    """The spec that the student will have; ``makes``: whether an auto-regressive model may become a diffusion model.
+    """The spec that the student will have; ``makes``: whether an auto-regressive model may become a diffusion model;
+    ``adapted``: whether an adapter alone is trained.
 
-    Raises ValueError without a mask token, for a model that is none where it has to be one, and for another attention than the
-    objective is for.
+    Raises ValueError without a mask token, for a new one below an adapter, for a model that is none where it has to be one, and
+    for another attention than the objective is for.
     """
-    config = (
+    config: Any = (
         load_config(model, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
         if isinstance(model, str)
         else model.config
@@ -65,13 +75,20 @@ def student_spec(
             f"{config.name_or_path or config.model_type} is no diffusion model: make one with objective MaskedELBO first, "
             "kdlib diffusion --mask_token '<|mask|>'"
         )
+    before = tokenizer.mask_token
     mask = known.mask_token_id if known is not None else with_mask_token(tokenizer, args.mask_token)
+    if adapted and known is None and tokenizer.mask_token != before:
+        raise ValueError(
+            f"an adapter leaves the embedding of the new mask token {args.mask_token} as it is: train the whole model with "
+            "MaskedELBO first (use_peft false)"
+        )
     spec = args.spec(known, mask_token_id=mask, eos_token_id=tokenizer.eos_token_id)
     if spec.mask_token_id is None:
         raise ValueError(f"{config.model_type} has no mask token (attention {spec.attention}): kdlib does not train it")
     if objective.student_attention not in (None, spec.attention):
         raise ValueError(
-            f"{type(objective).__name__} is for a student of {objective.student_attention} attention: add --attention"
+            f"{type(objective).__name__} is for a student of {objective.student_attention} attention: "
+            f"add --attention {objective.student_attention}"
         )
     return spec
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kdlib.diffusion.masking import KINDS, Masking
 from kdlib.diffusion.spec import Attention, DiffusionSpec, EosPadding
@@ -68,7 +68,7 @@ class DiffusionConfig(DistillationConfig):
         return Masking(
             kind=kind if self.masking == "auto" else self.masking,
             mask_ratio=self.mask_ratio,
-            ratio_range=tuple(self.ratio_range),
+            ratio_range=(self.ratio_range[0], self.ratio_range[1]),
             block_length=self.block_length,
             block_schedule=None if self.block_schedule is None else tuple(self.block_schedule),
         )
@@ -76,7 +76,9 @@ class DiffusionConfig(DistillationConfig):
     def spec(self, known: DiffusionSpec | None, *, mask_token_id: int | None, eos_token_id: int | None) -> DiffusionSpec:
         """The spec of the trained model: what is ``known`` of it, a new one otherwise, with what the options change."""
         given = {"shift": self.shift, "attention": self.attention, "eos_padding": self.eos_padding}
-        found = {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id} if known is None else known.to_json()
+        found: dict[str, Any] = (
+            {"mask_token_id": mask_token_id, "eos_token_id": eos_token_id} if known is None else known.to_json()
+        )
         found |= {name: value for name, value in given.items() if value is not None}
         attention: Attention = found.get("attention", "full")
         if attention == "block_causal" and (known is None or known.attention != attention):

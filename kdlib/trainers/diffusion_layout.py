@@ -19,8 +19,8 @@ class Layout:
     """How rows [B, S] are laid out for a model of ``spec``; ``clean``: masked blocks see the text of the blocks before them.
 
     With full attention the rows are read as they are. Block-causal rows carry the number of each token's block in ``order``.
-    With ``clean`` the text is the first stream, and behind it, one stream for each block, stand the masked responses: a row has
-    S + R columns, R the longest response (BD3LM, arXiv 2503.09573).
+    With ``clean`` the text is the first stream, and behind it, one stream for each block, stand the blocks with learnt tokens,
+    masked: a row has S + R columns, R the most tokens of such blocks (BD3LM, arXiv 2503.09573).
     """
 
     spec: DiffusionSpec
@@ -38,7 +38,7 @@ class Layout:
         text = {"order": order, "position_ids": position, "stream": stream, "clean_until": beyond}
         if not self.clean:
             return {"input_ids": masked_ids, "attention_mask": attended, **text}
-        columns, there = _response_columns(batch)
+        columns, there = _columns(self._masked(batch))
         response = {name: x.gather(1, columns) for name, x in {"input_ids": masked_ids, **text}.items()}
         response |= {"clean_until": response["order"], "stream": torch.where(there, 1 + response["order"], PADDING)}
         both = {"input_ids": batch["input_ids"], **text}
@@ -51,14 +51,21 @@ class Layout:
         columns = torch.arange(S).expand_as(batch["input_ids"])
         if not self.clean:
             return (columns - int(self.spec.shift)).clamp(min=0), S
-        width = S + _response_columns(batch)[0].shape[1]
+        masked = self._masked(batch)
+        number, width = masked.cumsum(1) - 1, S + _columns(masked)[0].shape[1]
         if not self.spec.shift:
-            return S + batch["rank"].clamp(min=0), width
+            return S + number.clamp(min=0), width
         # the first token of a block is said by the text before it, the others by their masked block
         order = self.order(batch)
         inside = torch.zeros_like(order, dtype=torch.bool)
         inside[:, 1:] = order[:, 1:] == order[:, :-1]
-        return torch.where(inside, S + (batch["rank"] - 1).clamp(min=0), (columns - 1).clamp(min=0)), width
+        return torch.where(inside, S + (number - 1).clamp(min=0), (columns - 1).clamp(min=0)), width
+
+    def _masked(self, batch: Batch) -> Tensor:
+        """The tokens [B, S] of blocks with a learnt one: with blocks from the sequence's start, also a prompt's last ones."""
+        order, learnt = self.order(batch), batch["rank"] >= 0
+        held = order.new_zeros(len(order), int(order.max()) + 1).scatter_add_(1, order, learnt.long())
+        return (held.gather(1, order) > 0) & batch["attention_mask"].bool()
 
     def order(self, batch: Batch) -> Tensor:
         """The number of each token's block [B, S]: from the sequence's start, or a new one at each turn of learnt text."""
@@ -73,11 +80,8 @@ class Layout:
         return (turns | (learnt & (since % size == 0))).long().cumsum(1)
 
 
-def _response_columns(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The columns [B, R] of each row's learnt tokens in their order, and which of the R there are."""
-    rank = batch["rank"]
-    length = int(rank.max()) + 1
-    columns = torch.zeros(len(rank), max(length, 1), dtype=torch.long)
-    row, column = (rank >= 0).nonzero(as_tuple=True)
-    columns[row, rank[row, column]] = column
-    return columns, torch.arange(max(length, 1)) < (rank.max(1).values + 1)[:, None]
+def _columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns [B, R] of each row's ``chosen`` tokens [B, S] in their order, and which of the R there are."""
+    length = chosen.sum(1)
+    R = max(int(length.max()), 1)
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :R], torch.arange(R) < length[:, None]

@@ -57,6 +57,7 @@ class DistillationTrainer(SummedEvaluation):
     """
 
     selects_rows = False  # whether ``prepare`` chooses rows for SelectiveKL
+    masks_rows = False  # whether ``prepare`` masks rows for a DiffusionObjective
     loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
 
     def __init__(
@@ -78,7 +79,9 @@ class DistillationTrainer(SummedEvaluation):
         args = args or DistillationConfig(output_dir=setup.default_output_dir(model))
         set_seed(args.seed)
         tokenizer = processing_class or setup.student_tokenizer(model, args)
-        self.objective = setup.checked_objective(objective or ForwardKL(), selects_rows=self.selects_rows)
+        self.objective = setup.checked_objective(
+            objective or ForwardKL(), selects_rows=self.selects_rows, masks_rows=self.masks_rows
+        )
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)
         self.vocab_size = setup.match_tokenizers(self.teacher, tokenizer, args)

@@ -11,11 +11,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 
+from kdlib import layouts
+
 
 def save_final(trainer: Any, directory: Path) -> Path:
     """Writes the student as safetensors in the dtype it was published in, with tokenizer and generation config.
 
-    An adapter is merged unless ``merge_adapter`` is off or the base is quantised, where merging would lose precision.
+    A student of ``kdlib.layouts`` is written under its published names, so that its own code loads it as well. An adapter is
+    merged unless ``merge_adapter`` is off or the base is quantised, where merging would lose precision.
     """
     # FSDP gathers here, on every rank
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
@@ -31,10 +34,12 @@ def save_final(trainer: Any, directory: Path) -> Path:
         model, state = _merged(model), None
     if not isinstance(model, PeftModel):
         _generation_config(model, trainer.processing_class)
-        model.save_pretrained(directory, state_dict=_cast(state or model.state_dict(), dtype))
-        model.config.dtype, kept = dtype, model.config.dtype  # save_pretrained has written the dtype trained in
-        model.config.save_pretrained(directory)
-        model.config.dtype = kept
+        weights = _cast(state or model.state_dict(), dtype)
+        if not layouts.save(model, directory, state_dict=weights, dtype=dtype):
+            model.save_pretrained(directory, state_dict=weights)
+            model.config.dtype, kept = dtype, model.config.dtype  # save_pretrained has written the dtype trained in
+            model.config.save_pretrained(directory)
+            model.config.dtype = kept
     else:
         model.save_pretrained(directory, state_dict=state)
     trainer.processing_class.save_pretrained(directory)

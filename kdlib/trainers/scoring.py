@@ -25,8 +25,8 @@ Signals = dict[str, TeacherSignal | None]
 def of_terms(teacher: Teacher, batch: Batch, where: Mapping[str, Positions]) -> dict[str, TeacherSignal]:
     """The signal of each term, as hidden states, from one pass of the teacher for all of them."""
     names = ("index", "labels", "sequence", "teacher_index")
-    joined = Positions(**{name: torch.cat([getattr(part, name) for part in where.values()]) for name in names})
-    every = teacher.signal(batch, joined)
+    joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in where.values()]) for name in names}
+    every = teacher.signal(batch, Positions(**joined))
     assert every.hidden is not None
     parts = every.hidden.split([len(positions) for positions in where.values()])
     return {name: replace(every, hidden=rows) for name, rows in zip(where, parts, strict=True)}

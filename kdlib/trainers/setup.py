@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import load_model, load_tokenizer
 from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, SkewReverseKL, Sum
+from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
@@ -114,8 +115,8 @@ def _adapted(model: nn.Module, peft_config: PeftConfig, args: DistillationConfig
     return adapted
 
 
-def checked_objective(objective: Objective, *, selects_rows: bool) -> Objective:
-    """The objective; ValueError for what is none, and for SelectiveKL where nothing would select."""
+def checked_objective(objective: Objective, *, selects_rows: bool, masks_rows: bool) -> Objective:
+    """The objective; ValueError for what is none, and for one of another trainer, where nothing would select or mask rows."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be a kdlib.objectives.Objective, not {type(objective).__name__}")
     parts = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
@@ -123,6 +124,8 @@ def checked_objective(objective: Objective, *, selects_rows: bool) -> Objective:
         raise ValueError("SelectiveKL keeps some rows and drops the others for all: it cannot be part of a Sum")
     if isinstance(objective, SelectiveKL) and not selects_rows:
         raise ValueError("SelectiveKL chooses rows with a reference model: train with kdlib draft (DraftTrainer)")
+    if isinstance(objective, DiffusionObjective) and not masks_rows:
+        raise ValueError(f"{type(objective).__name__} is a loss of masked views: train with kdlib diffusion (DiffusionTrainer)")
     return objective
 
 

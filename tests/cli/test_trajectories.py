@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,22 +19,7 @@ from kdlib.cli.trajectories_jacobi import JacobiTrajectoriesArguments
 from kdlib.data import load_rows
 from kdlib.data.trajectories import TrajectoryIndex, block_states, read_trajectories
 from tests.cli.conftest import Command, conversation, tree, write_rows
-
-# Ends the process, as the system would, once the first shard is on disk.
-STOPS = """
-import os, signal, sys
-from kdlib.data.trajectories import TrajectoryWriter
-write = TrajectoryWriter.write
-
-def stopping(self, shard, written):
-    if shard == 1:
-        os.kill(os.getpid(), int(os.environ["KDLIB_TEST_SIGNAL"]))
-    write(self, shard, written)
-
-TrajectoryWriter.write = stopping
-from kdlib.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
+from tests.cli.stopped import stopped_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +101,7 @@ def test_stopped_and_damaged_it_goes_on_to_the_same_files(
     kdlib: Command, wanted: dict[str, Any], tmp_path: Path, number: signal.Signals
 ) -> None:
     assert jacobi(kdlib, **{**wanted, "output_dir": tmp_path / "whole"}).code == 0
-    words = [word for name, value in wanted.items() for word in (f"--{name}", str(value))]
-    call = [sys.executable, "-c", STOPS, "trajectories", "jacobi", *words]
-    environment = {**os.environ, "KDLIB_TEST_SIGNAL": str(int(number))}
-    stopped = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    stopped = stopped_trajectories("jacobi", wanted, number=number)
     assert stopped.returncode == (-number if number == signal.SIGKILL else 128 + number), stopped.stderr
     left = wanted["output_dir"]
     assert {path.name for path in left.iterdir()} == {"index.json", "shard-00000.parquet"}

@@ -151,7 +151,9 @@ def dream_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     attention = {"q_proj.weight": (D, D), "k_proj.weight": (narrow, D), "v_proj.weight": (narrow, D), "o_proj.weight": (D, D),
                  "q_proj.bias": (D,), "k_proj.bias": (narrow,), "v_proj.bias": (narrow,)}  # fmt: skip
     layer = {f"self_attn.{name}": shape for name, shape in attention.items()}
-    layer |= {f"mlp.{name}_proj.weight": shape for name, shape in {"gate": (inner, D), "up": (inner, D), "down": (D, inner)}.items()}
+    layer |= {
+        f"mlp.{name}_proj.weight": shape for name, shape in {"gate": (inner, D), "up": (inner, D), "down": (D, inner)}.items()
+    }
     layer |= {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
     found = {f"model.layers.{i}.{name}": shape for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
     return found | {"model.embed_tokens.weight": (config["vocab_size"], D), "model.norm.weight": (D,),
@@ -186,7 +188,7 @@ def llada_logits(weights: dict[str, Tensor], config: dict[str, Any], ids: Tensor
     w = {name.removeprefix("model.transformer.").removesuffix(".weight"): x.float() for name, x in weights.items()}
     x, eps = w["wte"][ids], config["rms_norm_eps"]
     for i in range(config["n_layers"]):
-        b = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items()}
+        b = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items() if name.startswith("blocks")}
         h = rms_norm(x, b["attn_norm"], eps)
         q, k, v = (h @ b[name].T for name in ("q_proj", "k_proj", "v_proj"))
         x = x + attended(q, k, v, heads=config["n_heads"], theta=config["rope_theta"]) @ b["attn_out"].T

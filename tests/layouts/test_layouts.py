@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from kdlib import layouts
 from kdlib.models import load_config, load_model, load_tokenizer
-from tests.layouts.published import DREAM, LLADA, LOGITS, PUBLISHED, V, WORDS, read, write
+from tests.layouts.published import LLADA, LOGITS, PUBLISHED, WORDS, V, read, write
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -59,7 +59,9 @@ def test_gate_and_up_projection_are_not_exchanged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llada", "Dream"])
 def test_shards_and_dtypes(tmp_path: Path, model_type: str) -> None:
-    write(tmp_path, model_type, shards=3, dtype=torch.bfloat16, **({"torch_dtype": "bfloat16"} if model_type == "Dream" else {}))
+    write(
+        tmp_path, model_type, shards=3, dtype=torch.bfloat16, **({"torch_dtype": "bfloat16"} if model_type == "Dream" else {})
+    )
     assert {p.dtype for p in load_model(str(tmp_path)).parameters()} == {torch.bfloat16}, "as it was published"
     model = load_model(str(tmp_path), dtype=torch.float32, device_map="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -85,7 +87,14 @@ def test_the_tokenizer_of_dream_is_qwens(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(made["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in made["merges"]))
     (tmp_path / "tokenization_dream.py").write_text("raise RuntimeError('remote code was run')\n")
-    special = {"content": "<|mask|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {
+        "content": "<|mask|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     settings = {
         "added_tokens_decoder": {str(WORDS): special},
         "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
@@ -118,9 +127,7 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("model_type", "changes", "message"), VARIANTS, ids=[message for _, _, message in VARIANTS])
-def test_other_variants_are_refused_in_one_line(
-    tmp_path: Path, model_type: str, changes: dict[str, Any], message: str
-) -> None:
+def test_other_variants_are_refused_in_one_line(tmp_path: Path, model_type: str, changes: dict[str, Any], message: str) -> None:
     directory = tmp_path / "variant"
     write(directory, model_type)
     (directory / "config.json").write_text(json.dumps({**PUBLISHED[model_type], **changes}))
@@ -153,16 +160,22 @@ def test_missing_and_unknown_parameters_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-def test_sdar_is_a_qwen3(tmp_path: Path) -> None:
-    sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
-    source = Qwen3ForCausalLM(Qwen3Config(**sizes, is_causal=False)).eval()
+@pytest.mark.parametrize(
+    ("model_type", "made", "config"),
+    [("sdar", Qwen3ForCausalLM, {"block_size": 4, "head_dim": 8}), ("Fast_dLLM_Qwen", Qwen2ForCausalLM, {"bd_size": 32})],
+    ids=["sdar", "fast-dllm"],
+)
+def test_block_diffusion_models_with_the_names_of_qwen(
+    tmp_path: Path, model_type: str, made: Any, config: dict[str, Any]
+) -> None:
+    sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+    source = made(made.config_class(**sizes, is_causal=False, **config)).eval()
     source.save_pretrained(tmp_path)
-    config = {**sizes, "model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 4, "rope_theta": 10000.0,
-              "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = {**sizes, **config, "model_type": model_type, "rope_theta": 10000.0, "auto_map": {"AutoConfig": "remote.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(said))
     model = load_model(str(tmp_path))
-    assert type(model) is Qwen3ForCausalLM and model.config.is_causal is False
+    assert type(model) is made and model.config.is_causal is False
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, source(input_ids=IDS).logits)
 
@@ -191,7 +204,12 @@ def test_other_checkpoints_are_left_to_transformers(tmp_path: Path) -> None:
 
 
 def test_code_on_the_hub_is_named_by_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "org" / "model", "Dream")
-    monkeypatch.setattr("kdlib.layouts.read._config_json", lambda name, revision: (name, {**DREAM}))
+    """What is saved of a model from the Hub has none of its .py files."""
+    cached = tmp_path / "models--org--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    write(cached / "snapshots" / ("0" * 40), "Dream")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = layouts.read_config("org/model")
+    assert config is not None
     assert config.published_config["auto_map"]["AutoModel"] == "org/model--modeling_dream.DreamModel"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import runpy
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdlib import objectives
+from kdlib.objectives import Objective, RowObjective
 from tests.objectives import oracle
 from tests.objectives.cases import logits
 from tests.readme.run_readme import steps
@@ -28,14 +29,22 @@ def test_the_table_names_every_objective() -> None:
 @pytest.mark.parametrize("name", sorted(CLASSES - {"Sum"}))
 def test_the_table_gives_options_and_defaults(name: str) -> None:
     cls = getattr(objectives, name)
-    wanted = {f.name: f.default for f in fields(cls) if f.name not in ("temperature", "t_squared")}
+    shared = ("temperature", "t_squared") if issubclass(cls, RowObjective) else ()
+    wanted = {f.name: _default(f) for f in fields(cls) if f.name not in shared}
     found = {option: _parsed(default) for option, default in re.findall(r"`(\w+)` \(([^)]+)\)", TABLE[name])}
     assert found == wanted
+
+
+def _default(field: Any) -> Any:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return type(value).__name__ if isinstance(value, Objective) else value
 
 
 def _parsed(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
+    if text.startswith("["):
+        return tuple(float(part) for part in text[1:-1].split(","))
     return float(text) if text[0].isdigit() else text
 
 

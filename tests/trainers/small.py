@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from kdlib.trainers import DistillationConfig, DistillationTrainer
@@ -112,3 +114,51 @@ def plain_gradients(student: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """d loss / d parameter for those that are trained."""
     named = {name: p for name, p in student.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def double(seed: int = 0, **config: Any) -> Any:
+    return tiny_llama(V, seed=seed, **config).double()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 1e-6) -> None:
+    """Llama's norms are float32 whatever the weights are, which gradients of one large pass and of many small ones show."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+class Weights(TrainerCallback):
+    """The student as it is before every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.steps.append({name: x.clone() for name, x in given["model"].state_dict().items()})
+
+
+def lora(**options: Any) -> LoraConfig:
+    """B drawn at random, so that the adapter changes what the model says from the first step on."""
+    given = {"target_modules": ["q_proj", "v_proj", "lm_head"], "r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}
+    return LoraConfig(task_type="CAUSAL_LM", **given)
+
+
+def weights_of(trainer: DistillationTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+class Logits(TorchDispatchMode):
+    """The most rows of a tensor [rows, size] that any operation makes; the vocabulary's size is no other one's here."""
+
+    def __init__(self, size: int = V) -> None:
+        super().__init__()
+        self.size, self.rows = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.ndim > 1 and tensor.shape[-1] == self.size:
+                self.rows = max(self.rows, tensor.numel() // self.size)
+        return out

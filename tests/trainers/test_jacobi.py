@@ -18,17 +18,26 @@ from tests.trainers.jacobi_steps import (
     NOISIEST,
     ROWS,
     THREE,
-    Weights,
-    assert_same,
     assert_step,
-    double,
     jacobi_trainer,
-    lora,
     noisiest,
     one_step,
     rising,
 )
-from tests.trainers.small import Gradients, V, cross_entropy, forward_kl, logged, plain_gradients, reverse_kl, saved
+from tests.trainers.small import (
+    Gradients,
+    V,
+    Weights,
+    assert_same,
+    cross_entropy,
+    double,
+    forward_kl,
+    logged,
+    lora,
+    plain_gradients,
+    reverse_kl,
+    saved,
+)
 
 
 def jsd(p: Tensor, q: Tensor, labels: Tensor) -> Tensor:

@@ -15,13 +15,9 @@ from kdlib.trainers import JacobiConfig
 from tests.trainers.jacobi_plain import trajectories
 from tests.trainers.jacobi_steps import (
     ROWS,
-    double,
     jacobi_trainer,
 )
-from tests.trainers.small import (
-    V,
-    settings_of,
-)
+from tests.trainers.small import V, double, settings_of
 
 
 def refused(directory: Path, message: str, rows: Any = ROWS, *, config: dict[str, Any] | None = None, **given: Any) -> None:

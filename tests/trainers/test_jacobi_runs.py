@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from kdlib.teachers import SelfTeacher
@@ -21,17 +20,10 @@ from tests.trainers.jacobi_steps import (
     FORCING,
     ROWS,
     THREE,
-    assert_same,
-    double,
     jacobi_trainer,
-    lora,
     one_step,
 )
-from tests.trainers.small import (
-    V,
-    forward_kl,
-    logged,
-)
+from tests.trainers.small import Logits, V, assert_same, double, forward_kl, logged, lora, weights_of
 
 
 def test_lora_is_merged_into_what_is_published(tmp_path: Path) -> None:
@@ -133,10 +125,6 @@ def test_bf16_stays_close(tmp_path: Path, options: dict[str, Any]) -> None:
     assert (difference < 5e-2).all()
 
 
-def weights_of(trainer: JacobiTrainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
 RESUMED: list[dict[str, Any]] = [
     {"state_source": "stored", "states_per_block": 2, "blocks_per_row": 2},
     {"state_source": "student", "init": "random", "attention_dropout": 0.2},
@@ -165,19 +153,6 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str
         assert torch.equal(weights_of(resumed)[name], expected), name
     assert logged(resumed)[-2:] == logged(whole)[-2:]
     assert len(set(logged(whole))) == 4
-
-
-class Logits(TorchDispatchMode):
-    """The most rows of a tensor [rows, V] that any operation makes; V is no other size here."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor) and tensor.ndim > 1 and tensor.shape[-1] == V:
-                self.rows = max(self.rows, tensor.numel() // V)
-        return out
 
 
 @pytest.mark.parametrize("states", [1, 4])

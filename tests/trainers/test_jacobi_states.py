@@ -18,22 +18,12 @@ from tests.trainers.jacobi_steps import (
     NOISIEST,
     PLAIN,
     ROWS,
-    Weights,
-    assert_same,
     assert_step,
-    double,
     jacobi_trainer,
     noisiest,
     one_step,
 )
-from tests.trainers.small import (
-    Gradients,
-    V,
-    forward_kl,
-    logged,
-    plain_gradients,
-    settings_of,
-)
+from tests.trainers.small import Gradients, V, Weights, assert_same, double, forward_kl, logged, plain_gradients, settings_of
 
 
 @torch.no_grad()

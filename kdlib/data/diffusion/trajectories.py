@@ -68,6 +68,7 @@ class DiffusionIndex(RowIndex[DiffusionShard]):
     """The index of ``kdlib trajectories diffusion``."""
 
     command: ClassVar[str] = "kdlib trajectories diffusion"
+    what: ClassVar[str] = "diffusion trajectories"
     kind: ClassVar[str | None] = DIFFUSION
     summed: ClassVar[tuple[str, ...]] = ("prompts", "rows", "tokens", "forwards", "attempts", "spent", "bytes")
     merged: ClassVar[tuple[str, ...]] = ("kept_at", "dropped_rows")

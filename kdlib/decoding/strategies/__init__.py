@@ -6,19 +6,39 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from kdlib.decoding.diffusion_step import Strategy
+from kdlib.decoding.strategies.coherent import CoherentContext
+from kdlib.decoding.strategies.guided import Guided
+from kdlib.decoding.strategies.multi_block import MultiBlock
 from kdlib.decoding.strategies.quota import LowConfidence, TopKMargin
+from kdlib.decoding.strategies.slow_fast import SlowFast
 from kdlib.decoding.strategies.threshold import ConfidenceThreshold, EntropyThreshold, Factor
 
-_CLASSES = (LowConfidence, TopKMargin, ConfidenceThreshold, EntropyThreshold, Factor)
+_CLASSES = (
+    LowConfidence,
+    TopKMargin,
+    ConfidenceThreshold,
+    EntropyThreshold,
+    Factor,
+    CoherentContext,
+    Guided,
+    MultiBlock,
+    SlowFast,
+)
 STRATEGIES: dict[str, type[Strategy]] = {strategy.__name__: strategy for strategy in _CLASSES}
 
 __all__ = [
     "STRATEGIES",
+    "CoherentContext",
     "ConfidenceThreshold",
     "EntropyThreshold",
     "Factor",
+    "Guided",
     "LowConfidence",
+    "MultiBlock",
+    "SlowFast",
     "TopKMargin",
     "strategy_json",
     "strategy_of",
@@ -33,7 +53,7 @@ def strategy_of(content: str | Mapping[str, Any]) -> Strategy:
     name, options = (content, {}) if isinstance(content, str) else _single(content)
     if name not in STRATEGIES:
         raise ValueError(f"no strategy {name}: choose {', '.join(STRATEGIES)}")
-    known = {field.name: field.type for field in fields(STRATEGIES[name])}
+    known = {field.name: field.type for field in fields(STRATEGIES[name])}  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
     values = {key: strategy_of(value) if known[key] == "Strategy" else value for key, value in options.items()}
@@ -50,10 +70,10 @@ def _single(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def strategy_json(strategy: Strategy) -> dict[str, Any]:
-    """``{Name: {field: value}}``, which ``strategy_of`` reads back."""
+    """``{Name: {field: value}}``, which ``strategy_of`` reads back; ValueError for one that holds a model."""
     values = {field.name: getattr(strategy, field.name) for field in fields(strategy)}  # type: ignore[arg-type]
-    return {
-        type(strategy).__name__: {
-            name: strategy_json(value) if isinstance(value, Strategy) else value for name, value in values.items()
-        }
-    }
+    for name, value in values.items():
+        if isinstance(value, nn.Module):
+            raise ValueError(f"the {name} of {type(strategy).__name__} is a model, which cannot be written: give its path")
+        values[name] = strategy_json(value) if isinstance(value, Strategy) else value
+    return {type(strategy).__name__: values}

@@ -13,9 +13,11 @@ from kdlib.decoding.strategies.scores import confidence, margin, ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Quota(Strategy):
-    """``steps`` passes for a whole response, spread evenly over its blocks: s_k = steps // blocks, one more in the first
-    steps % blocks ones, at least 1. Pass i of a block of m tokens commits m // s_k, one more in the first m % s_k passes, at
-    least 1 (LLaDA, arXiv 2502.09992). Raises ValueError for less than one step.
+    """``steps`` passes for a response of G tokens, spread over its blocks by their tokens, at least one each: a block of
+    columns s .. e - 1 has k = ceil(steps e / G) - ceil(steps s / G). Pass i of k commits m // k of its m tokens, one more in
+    the first m % k passes, at least one (LLaDA, arXiv 2502.09992): steps = G is one token a pass.
+
+    Raises ValueError for less than one step.
     """
 
     steps: int
@@ -29,8 +31,10 @@ class Quota(Strategy):
         """[b, n] what the best tokens have most of."""
 
     def commits(self, step: Step) -> Tensor:
-        passes = (self.steps // step.blocks + (step.current < self.steps % step.blocks)).clamp(min=1)
+        length, start = step.canvas.shape[1] - step.start, step.column[:, 0]  # a window begins with the current block
         tokens = (step.block == step.current[:, None]).sum(-1)
+        until = [-(-self.steps * column // length) for column in (start, start + tokens)]
+        passes = (until[1] - until[0]).clamp(min=1)
         quota = tokens // passes + (step.step <= tokens % passes)
         score = self.score(step)
         return with_best(ranks(score, masked=step.masked) < quota[:, None], score=score, masked=step.masked)

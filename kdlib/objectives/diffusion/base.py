@@ -89,8 +89,8 @@ class DiffusionObjective(Objective):
         raise ValueError(f"{type(self).__name__} is a loss of masked views of a text: train with kdlib diffusion")
 
 
-def checked_divergence(objective: DiffusionObjective, divergence: RowObjective) -> RowObjective:
-    """The divergence between teacher and student; ValueError for a row objective that compares no two models."""
-    if not isinstance(divergence, RowObjective) or divergence.accepts is None:
-        raise ValueError(f"{type(objective).__name__}.divergence compares two models, as ForwardKL does: not {divergence}")
-    return divergence
+def check_divergence(objective: DiffusionObjective, divergence: RowObjective) -> None:
+    """ValueError for a row objective that compares no two models, wants the student's own draws, or changes during a run."""
+    if divergence.accepts is None or divergence.reads_drawn or divergence.init_state():
+        name = f"{type(objective).__name__}.divergence"
+        raise ValueError(f"{name} cannot be {type(divergence).__name__}: choose one of two models, such as ForwardKL")

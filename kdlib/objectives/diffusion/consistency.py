@@ -10,7 +10,7 @@ from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
 from kdlib.objectives.base import RowObjective
 from kdlib.objectives.cross_entropy import CrossEntropy
-from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, checked_divergence
+from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, check_divergence
 from kdlib.objectives.kl import ForwardKL
 from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
 
@@ -27,8 +27,8 @@ class MaskConsistency(DiffusionObjective):
     Masked Consistency Distillation (arXiv 2602.00792): the first term, the teacher being the student's moving average
     (SelfTeacher(kind="ema")); the paper couples its states by one Gaussian noise of the one-hot tokens, ours by one uniform
     draw; its divergence and weights are not known to us. CDLM (arXiv 2511.19269): all three terms on the teacher's trajectories
-    (masking trajectory) with block-causal attention; there the student itself teaches the first term and a frozen model the last,
-    here one teacher does both, and the published weights are not known to us.
+    (masking trajectory) with block-causal attention; there the student itself teaches the first term and a frozen model the
+    last, here one teacher does both, and the published weights are not known to us.
     """
 
     masking: ClassVar[str] = "uniform"
@@ -39,7 +39,7 @@ class MaskConsistency(DiffusionObjective):
     share_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        checked_divergence(self, self.divergence)
+        check_divergence(self, self.divergence)
         given = (self.weight, self.cross_entropy_weight, self.distill_weight)
         if min(given) < 0.0 or not max(given) > 0.0:
             raise ValueError("MaskConsistency needs weights of 0 or more, one of them above 0")

@@ -11,7 +11,7 @@ import torch
 from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
 from kdlib.objectives.base import RowObjective
-from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, checked_divergence
+from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, check_divergence
 from kdlib.objectives.kl import ForwardKL
 from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
 
@@ -31,7 +31,7 @@ class DiffusionForcing(DiffusionObjective):
     divergence: RowObjective = field(default_factory=ForwardKL)
 
     def __post_init__(self) -> None:
-        checked_divergence(self, self.divergence)
+        check_divergence(self, self.divergence)
 
     @property
     def accepts(self) -> Support | None:  # type: ignore[override]

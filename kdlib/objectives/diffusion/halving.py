@@ -12,14 +12,14 @@ import torch
 from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
 from kdlib.objectives.base import RowObjective, State
-from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, checked_divergence
+from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, check_divergence
 from kdlib.objectives.kl import ReverseKL
 from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepHalving(DiffusionObjective):
-    """Mean over the masked tokens l of D(p_l, q_l), p_l the teacher's distribution in the step that unmasks l (SDTT, arXiv 2410.21035).
+    """Mean over the masked tokens l of D(p_l, q_l), p_l from the teacher's step that unmasks l, nats (SDTT, arXiv 2410.21035).
 
     From the student's view, where tokens are masked with share t, the teacher takes ``teacher_steps`` ancestral steps of
     dt = 1 / ``sampling_steps``: a token with t - dt <= u < t is drawn from the first, and so on; those still masked at the end
@@ -37,7 +37,7 @@ class StepHalving(DiffusionObjective):
     rounds: int = 7
 
     def __post_init__(self) -> None:
-        checked_divergence(self, self.divergence)
+        check_divergence(self, self.divergence)
         if self.teacher_steps < 2 or self.refresh_steps < 1 or self.rounds < 1:
             raise ValueError("StepHalving needs teacher_steps >= 2, refresh_steps >= 1 and rounds >= 1")
         if self.sampling_steps < self.teacher_steps**self.rounds:
@@ -77,7 +77,7 @@ class StepHalving(DiffusionObjective):
         return {"round": float(min(step // self.refresh_steps, self.rounds - 1))}
 
     def bind(self, state: Mapping[str, float]) -> StepHalving:
-        """The objective of the state's round, with the steps that its teacher still takes; that of the first without a state."""
+        """The objective of the state's round, with the steps that its teacher takes by then; the first without a state."""
         passed = int(state.get("round", 0))
         steps = self.sampling_steps // self.teacher_steps**passed
         return replace(self, sampling_steps=steps, rounds=self.rounds - passed)

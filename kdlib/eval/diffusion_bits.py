@@ -57,7 +57,7 @@ def diffusion_bound(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> DiffusionBound:
-    """The bound for the scored part of ``rows``, which are of any kind that training takes, and scored as ``bits_per_byte`` does.
+    """The bound for the scored part of ``rows``, of any kind that training takes; the same part as ``bits_per_byte`` scores.
 
     All scored tokens of a row are masked or not by chance, its others are always seen; with block-causal attention block by
     block. No end padding is added. ``spec``: None for the one in the model's configuration. The softmax runs over the
