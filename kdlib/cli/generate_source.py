@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.decoding.sampling import context_length
-from kdlib.models import load_model, load_tokenizer
+from kdlib.models import load_config, load_model, load_tokenizer
 from kdlib.samplers.config import RolloutConfig
 from kdlib.serving.client import Served, ServerClient, is_url
 from kdlib.serving.command import serve_command
@@ -149,7 +149,7 @@ def _served(a: SourceArguments, rollout: RolloutConfig) -> Served:
 def _config(name: str, trust_remote_code: bool) -> Any:
     """The model's configuration; None where only a tokenizer is."""
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return load_config(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kdlib.cli.names import unknown
-from kdlib.models import load_model
+from kdlib.models import load_config, load_model
 
 LADDER = (8, 4, 2)  # drafts of one eighth, a quarter and half of the target's layers
 
@@ -52,7 +52,7 @@ def built(source: PreTrainedConfig | str, *, random: bool, dtype: str, device: t
 
 def _config(name: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name).get_text_config()
+        return load_config(name).get_text_config()
     except (OSError, ValueError) as error:
         raise ValueError(f"no configuration at {name!r}: {str(error).strip().splitlines()[0]}") from error
 

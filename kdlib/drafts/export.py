@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib.drafts import formats
 from kdlib.drafts.eagle3_config import check_feature_layers, default_feature_layers
-from kdlib.models import load_tokenizer
+from kdlib.models import fit_vocabulary, load_tokenizer
 from kdlib.tokenizers import explain_difference, same_tokenizer
 
 DraftSampleMethod = Literal["greedy", "probabilistic"]
@@ -124,25 +123,6 @@ def export_head(
         path, format=format, target_name=record["target"], num_speculative_tokens=num_speculative_tokens
     )
     return DraftExport(directory=path, target=record["target"], speculative_config=given, serve=serve)
-
-
-@torch.no_grad()
-def fit_vocabulary(model: PreTrainedModel, vocab_size: int, *, tokens: int) -> int:
-    """Gives ``model`` embeddings and head of ``vocab_size`` entries in place; how many were added (or, below 0, cut).
-
-    An added entry is no token, and must not be drafted: no row of a head gives a logit that is always low (zeros give 0, which
-    may win), but the mean of the first ``tokens`` rows gives the mean of their logits, which is never above the highest. By
-    Jensen's inequality its probability is at most 1 / tokens when drafts are sampled. Entries are cut from the end.
-    """
-    entries = model.get_input_embeddings().weight.shape[0]
-    if entries == vocab_size:
-        return 0
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    head = model.get_output_embeddings()
-    biases = [] if head is None or head.bias is None else [head.bias]
-    for rows in (model.get_input_embeddings().weight, head.weight, *biases):
-        rows[entries:] = rows[: min(tokens, entries)].float().mean(0)
-    return vocab_size - entries
 
 
 @contextmanager

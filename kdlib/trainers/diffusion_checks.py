@@ -75,13 +75,12 @@ def student_spec(
             f"{config.name_or_path or config.model_type} is no diffusion model: make one with objective MaskedELBO first, "
             "kdlib diffusion --mask_token '<|mask|>'"
         )
-    before = tokenizer.mask_token
-    mask = known.mask_token_id if known is not None else with_mask_token(tokenizer, args.mask_token)
-    if adapted and known is None and tokenizer.mask_token != before:
+    if adapted and known is None and args.mask_token is not None and args.mask_token not in tokenizer.get_vocab():
         raise ValueError(
             f"an adapter leaves the embedding of the new mask token {args.mask_token} as it is: train the whole model with "
-            "MaskedELBO first (use_peft false)"
+            "MaskedELBO first (use_peft false), or choose a token that the tokenizer has"
         )
+    mask = known.mask_token_id if known is not None else with_mask_token(tokenizer, args.mask_token)
     spec = args.spec(known, mask_token_id=mask, eos_token_id=tokenizer.eos_token_id)
     if spec.mask_token_id is None:
         raise ValueError(f"{config.model_type} has no mask token (attention {spec.attention}): kdlib does not train it")

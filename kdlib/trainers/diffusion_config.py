@@ -60,8 +60,7 @@ class DiffusionConfig(DistillationConfig):
             raise ValueError("rollouts are drawn token by token: write trajectories with kdlib trajectories diffusion instead")
         if self.response_length is not None and self.response_length < 1:
             raise ValueError(f"response_length must be at least 1, not {self.response_length}")
-        if self.masking != "auto":
-            self.masks(self.masking)
+        self.masks("uniform")
 
     def masks(self, kind: str) -> Masking:
         """The way of masking; ``kind`` is that of the objective where ``masking`` is auto."""

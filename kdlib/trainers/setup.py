@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
-from kdlib.models import load_model, load_tokenizer
+from kdlib.models import load_config, load_model, load_tokenizer
 from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, SkewReverseKL, Sum
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
@@ -73,7 +73,7 @@ def published_dtype(model: str | nn.Module, args: DistillationConfig) -> torch.d
         return next(model.parameters()).dtype
     if args.from_scratch:
         return torch.float32
-    config = AutoConfig.from_pretrained(model, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    config = load_config(model, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
     return config.dtype or torch.float32
 
 
@@ -91,7 +91,7 @@ def _loaded(name: str, args: DistillationConfig, quantization_config: Any, *, ad
 
 
 def _new(name: str, args: DistillationConfig) -> nn.Module:
-    config = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+    config = load_config(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
     unknown = [key for key in args.config_overrides or {} if key not in config.to_dict()]
     if unknown:
         raise ValueError(f"config_overrides: {', '.join(unknown)} not in the {config.model_type} configuration of {name}")

@@ -125,8 +125,7 @@ def test_help_names_the_options(kdlib: Command) -> None:
         ({"packing": "true"}, "packing puts samples into one row"),
         ({"on_policy_fraction": 1}, "write trajectories with kdlib trajectories diffusion"),
         ({"decoding.strategy": "Fastest"}, "Fastest"),
-        ({"decoding.block_length": 0}, "block_length"),
-        ({"evaluate.limit": -1}, "evaluate.limit"),
+        ({"evaluate.limit": -1}, "limit must be at least 0, not -1"),
     ],
     ids=str,
 )

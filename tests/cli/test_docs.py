@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
+from kdlib.cli.diffusion import DecodingArguments, DiffusionMeasureArguments
 from kdlib.cli.draft import DraftArguments, MeasureArguments
 from kdlib.cli.evaluate_jacobi import DecoderArguments
 from kdlib.cli.help import docs, nested, shown_default
@@ -15,7 +17,9 @@ from kdlib.cli.jacobi import MeasureArguments as JacobiMeasure
 from kdlib.cli.names import LEFT_OUT, RENAMED
 from kdlib.cli.run_directory import COMMAND, FREE
 from kdlib.cli.scoring import ScoringArguments
-from kdlib.trainers import JacobiConfig
+from kdlib.decoding import DiffusionDecoder
+from kdlib.decoding.strategies import STRATEGIES
+from kdlib.trainers import DiffusionConfig, JacobiConfig
 from kdlib.trainers.config import DistillationConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -56,6 +60,28 @@ def test_options_of_jacobi_are_on_their_pages() -> None:
         assert found[f"evaluate.{key}"] == shown_default(JacobiMeasure, key), key
     decoder = rows((DOCS / "jacobi_decoding.md").read_text(encoding="utf-8"))
     assert decoder == {key: shown_default(DecoderArguments, key) for key in docs(DecoderArguments)}
+
+
+def test_options_of_diffusion_are_on_their_pages() -> None:
+    found = rows((DOCS / "dllm.md").read_text(encoding="utf-8"))
+    expected = {key: shown_default(DiffusionConfig, key) for key in set(docs(DiffusionConfig)) - set(docs(DistillationConfig))}
+    expected |= {f"decoding.{key}": shown_default(DecodingArguments, key) for key in docs(DecodingArguments)}
+    expected |= {f"evaluate.{key}": shown_default(DiffusionMeasureArguments, key) for key in docs(DiffusionMeasureArguments)}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_strategies_and_the_decoder_are_on_their_page() -> None:
+    page = (DOCS / "dllm_decoding.md").read_text(encoding="utf-8")
+    found = rows(page.partition("## Strategies")[0])
+    for option in fields(DiffusionDecoder):
+        value = getattr(DiffusionDecoder(), option.name)
+        shown = type(value).__name__ if option.name == "strategy" else "" if value is None else str(value)
+        assert found[option.name] == shown, option.name
+    table = page.partition("## Strategies")[2].partition("## Caches")[0]
+    said = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*?) \| [^|]*\|$", table, flags=re.MULTILINE))
+    assert said.keys() == STRATEGIES.keys()
+    for name, strategy in STRATEGIES.items():
+        assert set(re.findall(r"`(\w+)`", said[name])) == {option.name for option in fields(strategy)}, name  # type: ignore[arg-type]
 
 
 def test_names_of_others_are_those_that_the_command_knows() -> None:

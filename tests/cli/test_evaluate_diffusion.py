@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from kdlib.cli.evaluate_diffusion import DiffusionArguments, SweepArguments
+from kdlib.cli.help import docs, shown_default
 from kdlib.data.arithmetic import make_problems
 from kdlib.data.arithmetic_models import END, make_tokenizer
 from kdlib.diffusion import DiffusionSpec, as_diffusion, with_mask_token
@@ -115,6 +117,12 @@ def test_nothing_to_measure(kdlib: Command, models: Path) -> None:
 def test_evaluate_takes_the_bound_of_a_diffusion_model(kdlib: Command, models: Path) -> None:
     outcome = kdlib("evaluate", model=models / "model", dataset_name=models / "rows.jsonl", device="cpu")
     assert outcome.code == 0 and "bits_per_byte_bound" in outcome.out, outcome.err
+
+
+def test_options_are_on_their_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dllm_evaluation.md").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| .+ \|$", page, flags=re.MULTILINE))
+    assert found == {key: shown_default(part, key) for part in (DiffusionArguments, SweepArguments) for key in docs(part)}
 
 
 def test_help_teaches(kdlib: Command) -> None:

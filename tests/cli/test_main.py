@@ -11,11 +11,14 @@ import pytest
 
 import kdlib as package
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
+from kdlib.cli.diffusion import DiffusionRun
 from kdlib.cli.launch import launcher
 from kdlib.cli.main import COMMANDS
 from kdlib.cli.parsing import parse
 from kdlib.cli.recipes import recipes
 from kdlib.cli.scoring import ScoringArguments
+from kdlib.decoding.strategies import strategy_of
+from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.trainers.config import DistillationConfig
 from tests.cli.conftest import Command
 
@@ -75,13 +78,51 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(kdlib: Command, tmp
     assert (tmp_path / "lora.yaml").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in recipes() if not name.startswith(("accelerate/", "generate", "draft", "jacobi"))]
-)
+OTHER_COMMANDS = ("accelerate/", "generate", "draft", "jacobi", "diffusion", "dllm")
+DIFFUSION = [file for name, file in recipes().items() if name.startswith(("diffusion", "dllm"))]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "dllm.yaml"
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if not name.startswith(OTHER_COMMANDS)])
 def test_every_recipe_is_a_configuration_that_parses(name: str) -> None:
     classes = [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig]
     options = parse("distill", "", classes, ["--config", str(recipes()[name])])
     assert options is not None and options.config["output_dir"].startswith("runs/")
+
+
+@pytest.mark.parametrize("file", [*DIFFUSION, EXAMPLE], ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_diffusion_recipe_is_a_configuration_that_parses(file: Path) -> None:
+    options = parse("diffusion", "", DiffusionRun.classes(), ["--config", str(file)])
+    assert options is not None and options.config["output_dir"].startswith("runs/")
+    DiffusionRun.check(options)
+    run = DiffusionRun(options, words=[], quiet=True)
+    objective = run.arguments.objective
+    assert isinstance(objective, DiffusionObjective)
+    run.args.masks(objective.masking)
+    strategy_of(run.arguments.decoding.strategy)
+
+
+PUBLISHED = {  # rows of a step, rank, learning rate, epochs, weight of the certainty
+    "dllm_llada": (64, 128, 2e-5, 6, 2.0),
+    "dllm_dream": (64, 32, 2e-5, 3, 1.0),
+    "dllm_d3llm": (64, 256, 2e-5, 6, 2.0),
+    "dllm_d3llm_dream": (64, 256, 2e-5, 3, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_numbers(name: str) -> None:
+    """A step's rows: per_device_train_batch_size x gradient_accumulation_steps x the GPUs of the command in the file."""
+    text = recipes()[name].read_text()
+    options = parse("diffusion", "", DiffusionRun.classes(), ["--config", str(recipes()[name])])
+    assert options is not None
+    c = options.config
+    gpus = int(text.partition("--num_processes ")[2].split()[0])
+    rows = c["per_device_train_batch_size"] * c["gradient_accumulation_steps"] * gpus
+    objective = c["objective"]["CertaintyForcing"]
+    assert (rows, c["lora_r"], c["learning_rate"], c["num_train_epochs"], objective["weight"]) == PUBLISHED[name]
+    assert c["lora_alpha"] == c["lora_r"] and len(c["lora_target_modules"]) == 7
+    assert objective["temperature"] == 0.5 and c["weight_decay"] == 0.01
 
 
 def test_several_processes_start_by_torchrun_and_configurations_by_name(tmp_path: Path) -> None:

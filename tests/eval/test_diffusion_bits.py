@@ -43,4 +43,4 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="no diffusion language model that kdlib knows"):
         diffusion_bound(tiny_llama(len(TOKENIZER)), ROWS, tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="no text is scored"):
-        diffusion_bound(model(), [{"prompt": "What is it?", "completion": ""}], tokenizer=TOKENIZER)
+        diffusion_bound(model(), [{"input_ids": [1, 9, 2], "labels": [-100, -100, 2]}], tokenizer=TOKENIZER)

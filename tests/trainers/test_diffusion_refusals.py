@@ -96,8 +96,8 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
         teacher=two,
         objective=consistency,
     )
-    served = "http://127.0.0.1:9/v1"
-    refused(tmp_path, "a diffusion teacher reads masked rows.*not VLLMTeacher", teacher=served, objective=consistency)
+    routed = {"math": dllm(1), "code": dllm(2)}
+    refused(tmp_path, "a diffusion teacher reads masked rows.*not RoutedTeacher", teacher=routed, objective=consistency)
     refused(tmp_path, "compares with no teacher: leave teacher out", teacher=SelfTeacher(), objective=CertaintyForcing())
     refused(tmp_path, "needs a student with an adapter", teacher=SelfTeacher("adapter_off"), objective=consistency)
     refused(tmp_path, "the teacher .* is causal", teacher=tiny_llama(SIZE), objective=consistency)
