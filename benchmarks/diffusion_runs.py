@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training import trained
+from training import trained, typed
 
 from kdlib.cli.demo_data import settings, write_data
 from kdlib.data.arithmetic import make_problems
@@ -48,9 +48,8 @@ def diffusion_teacher(root: Path, *, seed: int, steps: int, quick: bool) -> Path
 
 def write_trajectories(teacher: Path, rows: Path, output: Path, *, limit: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's own answers, one token in each pass, of which a verifier keeps the right ones; what index.json says."""
-    words = ["--model", str(teacher), "--dataset_name", str(rows), "--limit", str(limit), "--output_dir", str(output)]
-    words += [word for key, value in options.items() for word in (f"--{key}", json.dumps(value))]
-    call = [sys.executable, "-m", "kdlib", "trajectories", "diffusion", *words, "--device", "cpu"]
+    given = {"model": teacher, "dataset_name": rows, "limit": limit, "output_dir": output, "device": "cpu", **options}
+    call = [sys.executable, "-m", "kdlib", "trajectories", "diffusion", *typed(given)]
     subprocess.run(call, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     summary: dict[str, Any] = json.loads((output / "index.json").read_text())["summary"]
     return summary

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def typed(options: Mapping[str, Any]) -> list[str]:
+    """``--OPTION VALUE ...`` as a user types them."""
+    values = {key: str(value) if isinstance(value, str | Path) else json.dumps(value) for key, value in options.items()}
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
 
 
 def trained(command: str, output: Path, **options: Any) -> Path:
     """The ``final`` of ``kdlib COMMAND --OPTION VALUE ... --output_dir OUTPUT`` on CPU; a finished run is left alone."""
     if (output / "final").is_dir():
         return output / "final"
-    typed = {key: str(value) if isinstance(value, str | Path) else json.dumps(value) for key, value in options.items()}
-    words = [word for key, value in typed.items() for word in (f"--{key}", value)]
-    call = [sys.executable, "-m", "kdlib", command, *words, "--output_dir", str(output), "--use_cpu", "true"]
+    call = [sys.executable, "-m", "kdlib", command, *typed(options), "--output_dir", str(output), "--use_cpu", "true"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(call)}\n{done.stderr[-3000:]}")

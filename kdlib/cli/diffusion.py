@@ -14,6 +14,7 @@ from kdlib.objectives import MaskedELBO, Objective
 
 if TYPE_CHECKING:
     from kdlib.decoding.diffusion_decoder import DiffusionDecoder
+    from kdlib.diffusion import DiffusionSpec
     from kdlib.eval.diffusion_result import DiffusionSweep
     from kdlib.eval.page import Section
     from kdlib.trainers import DiffusionConfig, DistillationConfig, DistillationTrainer
@@ -99,21 +100,21 @@ class DiffusionRun(Run):
     def make_trainer(self, **given: Any) -> DistillationTrainer:
         from kdlib.trainers import DiffusionDistillationTrainer, DiffusionTrainer
 
-        self._decoder()  # a strategy that does not exist is better refused now than after the training
         kind = DiffusionTrainer if isinstance(self.arguments.objective, MaskedELBO) else DiffusionDistillationTrainer
         trainer = kind(self.arguments.model, self.arguments.teacher, **given)
-        trainer.set_decoder(self._decoder())
+        self._decoder = self._decoder_for(trainer.spec)
+        trainer.set_decoder(self._decoder)
         return trainer
 
-    def _decoder(self) -> DiffusionDecoder:
-        """How the trained model decodes."""
+    def _decoder_for(self, spec: DiffusionSpec) -> DiffusionDecoder:
+        """How the trained model decodes; a strategy that does not exist is refused before it is trained."""
         from kdlib.decoding.diffusion_decoder import DiffusionDecoder
         from kdlib.decoding.strategies import strategy_of
 
         d = self.arguments.decoding
         return DiffusionDecoder(
             gen_length=d.gen_length or self.args.response_length or 256,
-            block_length=d.block_length or self.args.block_length,
+            block_length=d.block_length or self.args.blocks(spec),
             strategy=strategy_of(d.strategy),
             temperature=d.temperature,
             cache=d.cache,
@@ -141,7 +142,7 @@ class DiffusionRun(Run):
         from kdlib.eval import diffusion
         from kdlib.models import load_config
 
-        options, decoder = self.arguments.evaluate, self._decoder()
+        options, decoder = self.arguments.evaluate, self._decoder
         context = context_length(trainer.model)
         was = None if self.args.from_scratch else known_spec(load_config(self.arguments.model))
         return diffusion(

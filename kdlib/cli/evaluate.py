@@ -132,7 +132,7 @@ def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
     model = load_model(arguments.model, dtype=arguments.dtype)
     model.to(device)
     if arguments.teacher and is_diffusion(model):
-        raise ValueError("KL to a teacher is that of the next token, which a diffusion model does not predict: leave --teacher out")
+        raise ValueError("KL to a teacher is that of the next token, which no diffusion model predicts: leave --teacher out")
     measure = diffusion_bound if is_diffusion(model) else bits_per_byte
     text = measure(model, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
     task = Path(arguments.dataset_name).stem

@@ -91,8 +91,7 @@ def diffusion(
         prompts=None if prompts is None else _prompts(prompts, models, decoder=decoder, tokenizer=tokenizer, **template),
         batch_size=batch_size,
     )
-    settings = _settings(asked, models)
-    kept = Points(None if output_path is None else Path(output_path), settings)
+    kept = Points(None if output_path is None else Path(output_path), _settings(asked, models))
     bounds: dict[str, DiffusionBound] = {}
     for name, one in models.items():
         if rows is None and not asked.missing(name, kept):
@@ -102,9 +101,8 @@ def diffusion(
         if rows is not None:
             options = {"tokenizer": tokenizer, "mc_samples": mc_samples, "max_length": max_length, "seed": seed}
             bounds[name] = diffusion_bound(loaded, rows, batch_size=batch_size, **options)
-    points = [kept.load(name, strategy, task) for name in models for strategy, task in asked.everything]
-    found = [point for point in points if point is not None]
-    return DiffusionSweep(settings=settings, points=found, bounds=bounds, metric=metric, resamples=resamples)
+    points = [kept[name, strategy, task] for name in models for strategy, task in asked.everything]
+    return DiffusionSweep(settings=kept.settings, points=points, bounds=bounds, metric=metric, resamples=resamples)
 
 
 def _prompts(

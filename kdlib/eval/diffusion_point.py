@@ -79,19 +79,20 @@ class Points:
         self.folder, self.settings = None if directory is None else directory / FOLDER, dict(settings)
         self._held: dict[str, Point] = {}
         for path in () if self.folder is None else sorted(self.folder.glob("*.json")):
-            if changed := _changes(json.loads(path.read_text(encoding="utf-8"))["settings"], self.settings):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if changed := _changes(content["settings"], self.settings):
                 raise ValueError(
                     f"{directory} holds a measurement with other options ({'; '.join(changed)}): type them as they were to "
                     "continue it, or choose another output_path"
                 )
+            self._held[path.name] = Point(**{part.name: content[part.name] for part in fields(Point)})
 
-    def load(self, model: str, strategy: Mapping[str, Any], task: str) -> Point | None:
-        """The point, where it has been measured."""
-        name = _name(model, strategy, task)
-        if name not in self._held and self.folder is not None and (self.folder / name).is_file():
-            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
-            self._held[name] = Point(**{part.name: content[part.name] for part in fields(Point)})
-        return self._held.get(name)
+    def __contains__(self, key: tuple[str, Mapping[str, Any], str]) -> bool:
+        """Whether the point of (model, strategy, task) has been measured."""
+        return _name(*key) in self._held
+
+    def __getitem__(self, key: tuple[str, Mapping[str, Any], str]) -> Point:
+        return self._held[_name(*key)]
 
     def save(self, point: Point) -> None:
         name = _name(point.model, point.strategy, point.task)

@@ -72,7 +72,7 @@ class Asked:
         return ((strategy, task) for strategy in self.strategies for task in named)
 
     def missing(self, model: str, kept: Points) -> list[tuple[dict[str, Any], str]]:
-        return [(strategy, task) for strategy, task in self.everything if kept.load(model, strategy, task) is None]
+        return [(strategy, task) for strategy, task in self.everything if (model, strategy, task) not in kept]
 
 
 def measure(model: nn.Module, name: str, asked: Asked, *, tokenizer: Any, kept: Points) -> None:

@@ -27,6 +27,7 @@ from kdlib.trainers.diffusion_views import draws_of, on_device, positions_of, ro
 from kdlib.trainers.distillation import Batch, DistillationTrainer
 from kdlib.trainers.drawing import drawn_tokens
 from kdlib.trainers.scoring import of_terms
+from kdlib.trainers.turns import stop_ids
 from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 
@@ -70,7 +71,7 @@ class DiffusionTrainer(DistillationTrainer):
         check_teacher(teacher, objective, self.spec)
         self.layout = Layout(spec=self.spec, clean=args.context == "clean" and self.spec.attention == "block_causal")
         self.teacher_layout = teacher_layout(teacher, objective, self.spec)
-        self.masking = args.masks(objective.masking)
+        self.masking = args.masks(objective.masking, block_length=args.blocks(self.spec))
         if isinstance(train_dataset, str):
             train_dataset = load_rows(train_dataset, tokenizer=tokenizer)
         super().__init__(
@@ -84,8 +85,9 @@ class DiffusionTrainer(DistillationTrainer):
             data_collator=DiffusionCollator(
                 tokenizer.pad_token_id,
                 eos_token_id=self.spec.eos_token_id,
+                end_token_ids=stop_ids(self.spec.eos_token_id, tokenizer, args.chat_template_kwargs or {}),
                 eos_padding=self.spec.eos_padding,
-                block_length=args.block_length,
+                block_length=args.blocks(self.spec),
                 blocks_from=self.spec.blocks_from,
                 response_length=args.response_length,
                 max_length=args.max_length,

@@ -11,6 +11,7 @@ from kdlib.trainers.config import DistillationConfig
 
 Kind = Literal["auto", "uniform", "response", "blocks", "per_block", "monotone", "trajectory"]
 Context = Literal["noisy", "clean"]
+BLOCK_LENGTH = 32  # of LLaDA, dParallel and d3LLM
 
 
 @dataclass
@@ -24,7 +25,8 @@ class DiffusionConfig(DistillationConfig):
         attention: full or block_causal (blocks see themselves and the blocks before them); null takes the model's own.
         context: with block_causal, what a block sees of the blocks before it: noisy, as they are masked in the same view
             (D2F), or clean, their text, in a second stream (BD3LM), as decoding block by block does.
-        block_length: tokens of a block, for masking by blocks, block_causal attention and eos_padding block.
+        block_length: tokens of a block, for masking by blocks, block_causal attention and eos_padding block; null takes the
+            model's own, and 32 for one without blocks.
         masking: which tokens of a response are masked: uniform (a share drawn from 0 to 1 for each row: LLaDA), response
             (the share mask_ratio of it), blocks (of one block, what follows is masked whole: dParallel), per_block (a share
             drawn for each block: BD3LM), monotone (shares that rise from block to block: D2F) or trajectory (one block, in the
@@ -41,7 +43,7 @@ class DiffusionConfig(DistillationConfig):
     shift: bool | None = None
     attention: Literal["full", "block_causal"] | None = None
     context: Context = "noisy"
-    block_length: int = 32
+    block_length: int | None = None
     masking: Kind = "auto"
     mask_ratio: float = 0.5
     ratio_range: tuple[float, float] = (0.0, 0.8)
@@ -60,15 +62,21 @@ class DiffusionConfig(DistillationConfig):
             raise ValueError("rollouts are drawn token by token: write trajectories with kdlib trajectories diffusion instead")
         if self.response_length is not None and self.response_length < 1:
             raise ValueError(f"response_length must be at least 1, not {self.response_length}")
-        self.masks("uniform")
+        self.masks("uniform", block_length=self.blocks(None))
 
-    def masks(self, kind: str) -> Masking:
+    def blocks(self, known: DiffusionSpec | None) -> int:
+        """Tokens of a block: the option, else those of the model's own blocks, else BLOCK_LENGTH."""
+        if self.block_length is not None:
+            return self.block_length
+        return BLOCK_LENGTH if known is None or known.block_length is None else known.block_length
+
+    def masks(self, kind: str, *, block_length: int) -> Masking:
         """The way of masking; ``kind`` is that of the objective where ``masking`` is auto."""
         return Masking(
             kind=kind if self.masking == "auto" else self.masking,
             mask_ratio=self.mask_ratio,
             ratio_range=(self.ratio_range[0], self.ratio_range[1]),
-            block_length=self.block_length,
+            block_length=block_length,
             block_schedule=None if self.block_schedule is None else tuple(self.block_schedule),
         )
 
@@ -80,6 +88,6 @@ class DiffusionConfig(DistillationConfig):
         )
         found |= {name: value for name, value in given.items() if value is not None}
         attention: Attention = found.get("attention", "full")
-        if attention == "block_causal" and (known is None or known.attention != attention):
-            found["block_length"] = self.block_length
+        if attention == "block_causal":
+            found["block_length"] = self.blocks(known)
         return DiffusionSpec(**found)

@@ -19,6 +19,7 @@ from kdlib.decoding.strategies import ConfidenceThreshold, LowConfidence
 from kdlib.diffusion import DiffusionSpec, as_diffusion, spec_of, with_mask_token
 from kdlib.eval import evaluate
 from kdlib.eval.arithmetic_task import TASK, arithmetic_task
+from kdlib.eval.diffusion_likelihood import Text, log_likelihoods
 from tests.eval.diffusion_models import enumerated
 from tests.tiny import tiny_llama
 
@@ -206,7 +207,7 @@ def choices(folder: Path, *, output_type: str = "multiple_choice", **more: Any) 
 
 def test_likelihoods_of_one_token_are_exact_and_longer_ones_near_the_bound(tmp_path: Path) -> None:
     metric = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    choices(tmp_path, doc_to_choice=["!", " and two pears"], metric_list=metric)
+    choices(tmp_path, doc_to_choice=["!", "!?;"], metric_list=metric)
     model = diffusion_model()
     found = scored(model, tmp_path, task="choice", model_args=None)
     assert found["config"]["likelihood"]["mc_samples"] == 128
@@ -216,3 +217,50 @@ def test_likelihoods_of_one_token_are_exact_and_longer_ones_near_the_bound(tmp_p
             ids, prompt = TOKENIZER.encode(context + continuation), len(TOKENIZER.encode(context))
             exact = enumerated(model, ids, list(range(prompt, len(ids))), spec=spec_of(model.config))
             assert float(value) == pytest.approx(exact, abs=1e-4 if len(ids) == prompt + 1 else 0.1 * abs(exact))
+
+
+def test_greedy_is_found_out_when_asked_for() -> None:
+    from kdlib.eval.diffusion_lm import DiffusionLM
+
+    model, prompt = diffusion_model(), [1, 40, 41]
+    decoder = DiffusionDecoder(gen_length=3, block_length=3, strategy=LowConfidence(steps=3))
+    ((_, output),) = decoder.decode(model, [prompt], spec=spec_of(model.config), batch_size=1, stop_ids=[])
+    own = output.sequences[0, 3:].tolist()
+    other = [*own[:2], own[2] + 1]
+    pairs: Any = [(None, prompt, own), (None, prompt, other), (None, [1, *prompt], own[:1])]
+    asked = DiffusionLM(model, tokenizer=TOKENIZER, check_greedy=True, mc_samples=3, batch_size=2)
+    found = asked._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert [greedy for _, greedy in found[:2]] == [True, False]
+    silent = DiffusionLM(model, tokenizer=TOKENIZER, mc_samples=3, batch_size=2)._loglikelihood_tokens(pairs, disable_tqdm=True)
+    assert [greedy for _, greedy in silent] == [False] * 3
+    assert [value for value, _ in silent] == [value for value, _ in found]
+
+
+def test_rolling_likelihoods_are_sums_over_windows() -> None:
+    """Five tokens of context: four are scored behind the prefix token, then four behind the last of these."""
+    from lm_eval.api.instance import Instance
+
+    from kdlib.eval.diffusion_lm import DiffusionLM
+
+    model, text = diffusion_model(), ";!?;!;?!"
+    tokens, prefix = TOKENIZER.encode(text, add_special_tokens=False), TOKENIZER.bos_token_id or TOKENIZER.eos_token_id
+    assert len(tokens) == 8
+    lm = DiffusionLM(model, tokenizer=TOKENIZER, mc_samples=3, max_length=5, batch_size=4, seed=2)
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    windows = [
+        Text(ids=[before, *some], scored=[1, 2, 3, 4]) for before, some in ((prefix, tokens[:4]), (tokens[3], tokens[4:]))
+    ]
+    expected = log_likelihoods(
+        model, windows, spec=spec_of(model.config), vocab_size=len(TOKENIZER), samples=3, batch_size=4, seed=2
+    )
+    assert lm.loglikelihood_rolling([request]) == pytest.approx([float(expected.sum())], rel=1e-5)
+
+
+def test_attention_in_blocks_has_the_specs_blocks(tasks: Path) -> None:
+    model = diffusion_model(attention="block_causal", block_length=4)
+    strategy = {"ConfidenceThreshold": {"threshold": 0.05}}
+    found = scored(model, tasks, decoder={"strategy": strategy, "cache": "block"})
+    expected = decoded(model, found, gen_length=LONGEST, block_length=4)
+    assert answers(found) == [TOKENIZER.decode(ids, skip_special_tokens=True) for ids, _ in expected]
+    with pytest.raises(ValueError, match="the model's attention has blocks of 4"):
+        scored(model, tasks, decoder={"block_length": 8})

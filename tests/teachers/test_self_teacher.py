@@ -75,7 +75,7 @@ def test_the_student_is_followed_as_it_is() -> None:
     assert (after - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["student", "ema", "adapter_off"])
+@pytest.mark.parametrize("kind", ["student", "ema", "copy", "adapter_off"])
 def test_dropout_is_off_for_the_teacher_and_the_students_modes_stay(kind: Any) -> None:
     model = adapted(lora_dropout=0.0)
     for layer in model.modules():
@@ -162,7 +162,53 @@ def test_of_an_adapted_student_only_what_is_trained_is_averaged_and_the_rest_is_
     torch.testing.assert_close(found, said(model, batch, where.index), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_llama(V, tie_word_embeddings=True), adapted], ids=["tied", "adapted"])
+both = pytest.mark.parametrize("make", [lambda: tiny_llama(V, tie_word_embeddings=True), adapted], ids=["tied", "adapted"])
+
+
+@both
+def test_a_copy_stays_until_it_is_refreshed(make: Any) -> None:
+    model = make()
+    teacher, (batch, where) = bound("copy", model), collated(ROWS)
+    assert not teacher.inside_forward and teacher.keeps_weights
+    start = answer(teacher, batch, where)
+    torch.testing.assert_close(start, said(model, batch, where.index), rtol=1e-4, atol=1e-5)
+    moved(model)
+    teacher.after_step()
+    assert torch.equal(answer(teacher, batch, where), start)
+    teacher.refresh()
+    refreshed = answer(teacher, batch, where)
+    torch.testing.assert_close(refreshed, said(model, batch, where.index), rtol=1e-4, atol=1e-5)
+    assert (refreshed - start).abs().max() > 1e-2
+    moved(model)
+    assert torch.equal(answer(teacher, batch, where), refreshed), "it is no view of the student"
+    frozen = {id(x) for x in model.parameters() if not x.requires_grad}
+    assert teacher.model is not None and frozen <= {id(x) for x in teacher.model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["student", "adapter_off"])
+def test_kinds_without_weights_have_nothing_to_refresh(kind: Any) -> None:
+    model = adapted()
+    teacher, (batch, where) = bound(kind, model), collated(ROWS)
+    before = answer(teacher, batch, where)
+    teacher.refresh()
+    assert torch.equal(answer(teacher, batch, where), before)
+
+
+@both
+def test_a_refreshed_copy_is_saved_and_resumed(make: Any, tmp_path: Path) -> None:
+    model = make()
+    teacher, (batch, where) = bound("copy", model), collated(ROWS)
+    moved(model)
+    teacher.refresh()
+    moved(model)
+    teacher.save(tmp_path)
+    again = bound("copy", model)
+    assert (answer(again, batch, where) - answer(teacher, batch, where)).abs().max() > 1e-3  # or the test shows nothing
+    again.load(tmp_path)
+    assert torch.equal(answer(again, batch, where), answer(teacher, batch, where))
+
+
+@both
 def test_averages_are_saved_and_resumed(make: Any, tmp_path: Path) -> None:
     model = make()
     teacher, (batch, where) = bound("ema", model, decay=0.7), collated(ROWS)
@@ -178,20 +224,23 @@ def test_averages_are_saved_and_resumed(make: Any, tmp_path: Path) -> None:
     assert torch.equal(answer(again, batch, where), answer(teacher, batch, where))
 
 
-def test_only_averages_need_a_file(tmp_path: Path) -> None:
+def test_only_weights_of_its_own_need_a_file(tmp_path: Path) -> None:
     model = plain()
     following = bound("student", model)
     following.save(tmp_path)
     following.load(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=r"holds no teacher_ema.safetensors: it was not written with SelfTeacher"):
-        bound("ema", model).load(tmp_path)
+    for kind in ("ema", "copy"):
+        message = rf"holds no teacher_ema.safetensors: it was not written with SelfTeacher\(kind='{kind}'\)"
+        with pytest.raises(ValueError, match=message):
+            bound(kind, model).load(tmp_path)
     bound("ema", plain(layers=1)).save(tmp_path)
-    with pytest.raises(ValueError, match="averages other weights than this student trains"):
-        bound("ema", model).load(tmp_path)
+    for kind in ("ema", "copy"):
+        with pytest.raises(ValueError, match="keeps other weights than this student trains"):
+            bound(kind, model).load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["student", "ema", "adapter_off"])
+@pytest.mark.parametrize("kind", ["student", "ema", "copy", "adapter_off"])
 def test_a_privileged_prompt_is_read_in_the_prompts_place(kind: Any) -> None:
     model = adapted()
     teacher = bound(kind, model)
@@ -215,7 +264,7 @@ def test_the_head_is_cut_to_the_tokenizer() -> None:
 
 
 def test_options_without_meaning_are_refused() -> None:
-    with pytest.raises(ValueError, match="student, ema or adapter_off, not 'teacher'"):
+    with pytest.raises(ValueError, match="student, ema, copy or adapter_off, not 'teacher'"):
         SelfTeacher("teacher")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"decay must be at least 0 and below 1, not 1.0"):
         SelfTeacher("ema", decay=1.0)

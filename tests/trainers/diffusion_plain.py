@@ -37,10 +37,10 @@ class Text:
 
 
 def text(rng: random.Random, *turns: tuple[int, int], end: bool = False) -> Text:
-    """Random tokens in turns of (prompt, response) tokens; about half of a response is FAVOURED."""
+    """Random tokens in turns of (prompt, response) tokens; about three quarters of a response are FAVOURED."""
     ids, learnt = list[int](), list[bool]()
     for prompt, response in turns:
-        answer = [FAVOURED if rng.random() < 0.5 else rng.randrange(3, V) for _ in range(response)]
+        answer = [FAVOURED if rng.random() < 0.75 else rng.randrange(3, V) for _ in range(response)]
         ids += [*(rng.randrange(3, V) for _ in range(prompt)), *answer]
         learnt += [False] * prompt + [True] * response
     if end:

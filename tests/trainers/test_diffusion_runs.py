@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -50,7 +51,9 @@ CASES: dict[str, tuple[DiffusionObjective, dict[str, Any], dict[str, Any]]] = {
 cases = pytest.mark.parametrize("case", list(CASES))
 
 
-def step_of(directory: Path, rows: list[Text], case: str, **config: Any) -> tuple[DiffusionTrainer, dict[str, Tensor]]:
+def step_of(
+    directory: Path, rows: list[Text] | Dataset, case: str, **config: Any
+) -> tuple[DiffusionTrainer, dict[str, Tensor]]:
     objective, spec, options = CASES[case]
     return one_step(directory, rows, model=dllm(**spec), objective=objective, config={**options, **config})
 
@@ -72,8 +75,7 @@ def test_order_and_batch_mates_do_not_matter(tmp_path: Path, case: str) -> None:
     rows, sums = EIGHT[:2], []
     for given in (rows, rows[::-1], [long], [*rows, long], [long, *rows]):
         trainer, _ = step_of(tmp_path, given, case)
-        batch = trainer.prepare([trainer.data_collator([row.row() for row in given])])[0]
-        sums.append(logged(trainer)[0] * sum(where.denominator for where in batch["positions"].values()))
+        sums.append(logged(trainer)[0] * logged(trainer, "scored_tokens")[0])
     two, reversed_two, one, three, other_three = sums
     assert reversed_two == pytest.approx(two, rel=1e-9)
     assert [three, other_three] == [pytest.approx(two + one, rel=1e-6)] * 2
@@ -104,19 +106,26 @@ def test_evaluation_is_the_plain_loss(tmp_path: Path) -> None:
 # Rows that have little or nothing to mask
 
 
-PROMPT = Text([5, 6, 7, 8], [False] * 4, [])
+PROMPT = Text([5, 6, 7, 8], [False] * 4, [])  # without a response there are no steps, so rows without them stand beside it
 SHORT = Text([5, 6, FAVOURED], [False, False, True], [3])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "trajectory"])
 def test_rows_without_a_maskable_token_add_nothing(tmp_path: Path, case: str) -> None:
-    """Beside others they change nothing; a step of nothing else, in two micro-batches, is a step of no gradient."""
+    """Beside others they change nothing; a step of nothing else is one of no gradient."""
     rows = EIGHT[:3]
     _, expected = step_of(tmp_path, rows, case)
-    _, found = step_of(tmp_path, [PROMPT, *rows], case, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    one_by_one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    _, found = step_of(tmp_path, stepless([PROMPT, *rows]), case, **one_by_one)
     assert_same(found, expected)
-    trainer, nothing = step_of(tmp_path, [PROMPT, PROMPT], case, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    _, found = step_of(tmp_path, stepless([PROMPT, *rows]), case)
+    assert_same(found, expected)
+    trainer, nothing = step_of(tmp_path, stepless([PROMPT, PROMPT]), case)
     assert logged(trainer) == [0.0] and all(not gradient.any() for gradient in nothing.values())
+
+
+def stepless(rows: list[Text]) -> Dataset:
+    return Dataset.from_list([row.row() for row in rows]).remove_columns("commit_step")
 
 
 @cases
