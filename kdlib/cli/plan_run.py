@@ -8,6 +8,7 @@ import numpy as np
 
 from kdlib.models import parameter_count
 from kdlib.teachers import HFTeacher, leaves
+from kdlib.trainers.setup import adapter_modules
 
 
 def plan(trainer: Any) -> dict[str, Any]:
@@ -36,6 +37,8 @@ def plan(trainer: Any) -> dict[str, Any]:
         parameters = [p for model in models for p in model.parameters()]
         found["teacher_parameters"] = sum(p.numel() for p in parameters)
         found["teacher_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    if adapted := adapter_modules(trainer.model):
+        found["adapter_modules"] = adapted
     if args.on_policy_fraction:
         rows = args.train_batch_size * args.gradient_accumulation_steps * found["processes"]
         found["completions_per_step"] = round(rows * args.on_policy_fraction)

@@ -226,8 +226,10 @@ class Run:
 
 
 def _plan_line(plan: dict[str, Any]) -> str:
+    adapted = ", ".join(f"{count} x {name}" for name, count in plan.get("adapter_modules", {}).items())
     return (
-        f"student {plan['student_parameters']:,} parameters ({plan['trainable_parameters']:,} trained), "
+        f"student {plan['student_parameters']:,} parameters ({plan['trainable_parameters']:,} trained"
+        f"{f': {adapted}' if adapted else ''}), "
         f"{plan['rows']:,} rows, {_step_line(plan)}, {plan['optimizer_steps']:,} steps"
     )
 

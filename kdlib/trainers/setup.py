@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -112,7 +114,19 @@ def _adapted(model: nn.Module, peft_config: PeftConfig, args: DistillationConfig
     adapted = get_peft_model(model, peft_config)
     if not any(p.requires_grad for p in adapted.parameters()):
         raise ValueError("the adapter trains nothing: no module matches lora_target_modules")
+    targets = peft_config.target_modules
+    matched = adapter_modules(adapted)
+    if isinstance(targets, list | set) and (
+        missed := sorted(target for target in targets if target.split(".")[-1] not in matched)
+    ):
+        logger.warning("lora_target_modules: %s match no module; matched: %s", ", ".join(missed), ", ".join(matched))
     return adapted
+
+
+def adapter_modules(model: nn.Module) -> dict[str, int]:
+    """{name: how many} of the modules that carry an adapter, by the last part of their names."""
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    return dict(Counter(names))
 
 
 def checked_objective(objective: Objective, *, selects_rows: bool, masks_rows: bool) -> Objective:
