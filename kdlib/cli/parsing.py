@@ -109,7 +109,7 @@ def _argument(name: str, values: list[str], *, hints: dict[str, Any]) -> str:
     if name != "config" and base not in hints:
         raise ValueError(unknown(name, list(hints)))
     hint = _hint(name, hints)
-    if _takes(hint, list) and not _takes(hint, str):
+    if _listable(hint):
         return f"--{name}={'null' if values == ['null'] else json.dumps(_listed(values))}"
     if not values and _takes(hint, bool):
         return f"--{name}=true"
@@ -148,7 +148,7 @@ def _checked(content: dict[str, Any], hints: dict[str, Any], *, source: str) -> 
             raise ValueError(f"{source}: {unknown(key, list(hints))}")
         if value is None and hint is not Any and not _takes(hint, type(None)):
             raise ValueError(f"{source}: {key} is empty: give a value, or leave the line out")
-        if isinstance(value, str) and _takes(hint, list) and not _takes(hint, str):
+        if isinstance(value, str) and _listable(hint):
             value = _listed([value])
         ready[key] = expand(value) if key in CLASS_KEYS else value
     return ready
@@ -159,6 +159,11 @@ def _listed(values: Sequence[str]) -> list[Any]:
     if len(values) == 1 and values[0].startswith("["):
         return list(read_value(values[0], source="the list"))
     return [part for value in values for part in value.split(",") if part]
+
+
+def _listable(hint: Any) -> bool:
+    """Whether several words are its value."""
+    return (_takes(hint, list) or _takes(hint, tuple)) and not _takes(hint, str)
 
 
 def _takes(hint: Any, kind: type) -> bool:

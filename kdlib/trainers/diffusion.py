@@ -214,7 +214,12 @@ class DiffusionTrainer(DistillationTrainer):
             for name, where in batch["positions"].items()
         }
         found = self._bound.terms(student, signals, metrics=self._watching)
-        return {name: replace(loss, count=batch["positions"][name].denominator) for name, loss in found.items()}
+        return {name: self._counted(name, loss, count=batch["positions"][name].denominator) for name, loss in found.items()}
+
+    def _counted(self, name: str, loss: Loss, *, count: int) -> Loss:
+        """A term with what its sum is divided by, and on logged steps with its own mean among the metrics."""
+        own = {name: (loss.sum.detach(), count)} if self._watching else {}
+        return replace(loss, count=count, metrics={**loss.metrics, **own})
 
 
 class DiffusionDistillationTrainer(DiffusionTrainer):

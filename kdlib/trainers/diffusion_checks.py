@@ -80,6 +80,8 @@ def student_spec(
             f"an adapter leaves the embedding of the new mask token {args.mask_token} as it is: train the whole model with "
             "MaskedELBO first (use_peft false), or choose a token that the tokenizer has"
         )
+    if known is None and not args.merge_adapter:
+        raise ValueError("merge_adapter false would write an adapter alone, without what makes its base a diffusion model")
     mask = known.mask_token_id if known is not None else with_mask_token(tokenizer, args.mask_token)
     spec = args.spec(known, mask_token_id=mask, eos_token_id=tokenizer.eos_token_id)
     if spec.mask_token_id is None:

@@ -47,8 +47,10 @@ def save_final(trainer: Any, directory: Path) -> Path:
 
 
 def _merged(model: PeftModel) -> nn.Module:
-    """A merged copy: training may go on with the adapter as it is."""
-    return copy.deepcopy(model).merge_and_unload()
+    """A merged copy in the host's memory: training may go on with the adapter as it is, and needs the device's."""
+    here: dict[int, Any] = {id(x): nn.Parameter(x.detach().to("cpu", copy=True), x.requires_grad) for x in model.parameters()}
+    here |= {id(x): x.to("cpu", copy=True) for x in model.buffers()}
+    return copy.deepcopy(model, here).merge_and_unload()
 
 
 def _generation_config(model: Any, tokenizer: Any) -> None:
