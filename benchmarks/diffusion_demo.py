@@ -32,11 +32,12 @@ TEACHER, CERTAINTY = "teacher", "certainty forcing"
 ONE_BY_ONE = {"LowConfidence": {"steps": RESPONSE}}
 SWEEP: list[dict[str, Any]] = [
     ONE_BY_ONE,
-    *({"ConfidenceThreshold": {"threshold": threshold}} for threshold in (0.99, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3)),
+    *({"ConfidenceThreshold": {"threshold": threshold}} for threshold in (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)),
 ]
 METHODS: dict[str, dict[str, Any]] = {
-    CERTAINTY: {"objective": {"CertaintyForcing": {"weight": 2.0, "temperature": 0.5}}, "masking": "response"},
-    "cross-entropy alone": {"objective": {"CertaintyForcing": {"weight": 0.0}}, "masking": "response"},
+    CERTAINTY: {"objective": "CertaintyForcing", "masking": "uniform"},
+    "certainty forcing, half masked": {"objective": "CertaintyForcing", "masking": "response"},
+    "cross-entropy alone": {"objective": {"CertaintyForcing": {"weight": 0.0}}, "masking": "uniform"},
     "certainty forcing, d3LLM's masks": {"objective": "CertaintyForcing", "masking": "trajectory", "ratio_range": [0.0, 1.0]},
     "sharpened teacher (SPEED)": {"objective": {"SharpenedKL": {"temperature": 0.5}}, "masking": "uniform"},
 }

@@ -126,6 +126,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def check_causal(model: nn.Module, *, role: str) -> None:
+    """Raises ValueError for a model whose tokens see later ones, which would be asked for the next token by looking at it."""
+    if not getattr(inner(model).config, "is_causal", True):  # few configurations have the entry
+        raise ValueError(f"the {role} reads both ways, as a diffusion model does: use kdlib diffusion and evaluate diffusion")
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, *, role: str) -> None:
     """Raises ValueError unless head(backbone(x)) equals model(x).logits on four tokens.

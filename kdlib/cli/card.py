@@ -34,7 +34,7 @@ def write_card(
     parts = [
         f"---\n{head.strip()}\n---",
         f"# {directory.resolve().parent.name}",
-        "Distilled with kdlib.",
+        f"{'Trained' if trainer.teacher is None else 'Distilled'} with kdlib.",
         _table(["", ""], list(_facts(trainer, arguments).items())),
         "## Scores",
         _table(["metric", "value", "n"], rows) if rows else "None were measured.",

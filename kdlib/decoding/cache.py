@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kdlib.decoding.sampling import context_length
+from kdlib.models import check_causal
 
 
 class RowCache:
@@ -92,7 +93,8 @@ class CachedModel(RowCache):
 
 
 def check_cache(model: Any, *, role: str) -> None:
-    """Raises ValueError for a model whose state cannot go back by some tokens, as recurrent ones cannot."""
+    """Raises ValueError for a model that is not causal, or whose state cannot go back by tokens, as a recurrent one's."""
+    check_causal(model, role=role)
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     unfit = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
     if unfit:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdlib.decoding.sampling import generate
 from kdlib.head import Head
-from kdlib.models import evaluating, hidden_states
+from kdlib.models import check_causal, evaluating, hidden_states
 from kdlib.samplers.outcome import completion
 from kdlib.types import Completion, SamplingParams
 
@@ -36,6 +36,7 @@ class HFSampler:
         own_copy: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        check_causal(model, role="model")
         self.model = _copy_of(model) if own_copy else model
         self.pad_token_id, self.batch_size, self.own_copy, self._autocast = pad_token_id, batch_size, own_copy, autocast
 

@@ -93,6 +93,7 @@ class DistillationTrainer(SummedEvaluation):
         setup.check_rollouts(self.teacher, self.objective, args)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
         self.check_student(student)
+        setup.check_reading(student, self.teacher, masks_rows=self.masks_rows)
         self.published_dtype = setup.published_dtype(model, args)
         attention: str | None = student.config._attn_implementation  # type: ignore[union-attr, assignment]
         flat = args.packing and "flash" in (attention or "")

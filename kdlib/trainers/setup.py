@@ -17,7 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
-from kdlib.models import load_config, load_model, load_tokenizer
+from kdlib.diffusion.convert import check_diffusion
+from kdlib.diffusion.known import spec_of
+from kdlib.models import check_causal, inner, load_config, load_model, load_tokenizer
 from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, SkewReverseKL, Sum
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
@@ -127,6 +129,16 @@ def adapter_modules(model: nn.Module) -> dict[str, int]:
     """{name: how many} of the modules that carry an adapter, by the last part of their names."""
     names = [name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     return dict(Counter(names))
+
+
+def check_reading(student: nn.Module, teacher: Teacher | None, *, masks_rows: bool) -> None:
+    """ValueError for models that do not read as the trainer's rows are made: from left to right, or masked and both ways."""
+    teachers = [member.model for member in leaves(teacher) if isinstance(member, HFTeacher)]
+    for role, model in (("student", student), *(("teacher", model) for model in teachers)):
+        if not masks_rows:
+            check_causal(model, role=role)
+        elif role == "teacher":
+            check_diffusion(model, spec_of(inner(model).config), role=role)
 
 
 def checked_objective(objective: Objective, *, selects_rows: bool, masks_rows: bool) -> Objective:
