@@ -120,3 +120,16 @@ def test_the_jacobi_example_runs(tmp_path: Path) -> None:
 def test_trajectories_compares_ways_of_collecting(tmp_path: Path) -> None:
     report = quick_page("trajectories", tmp_path, runs=False)
     assert "| packed |" in report.read_text() and "| CLLM's way |" in report.read_text()
+
+
+def test_diffusion_demo_compares_teacher_and_students(tmp_path: Path) -> None:
+    written = quick_page("diffusion_demo", tmp_path).read_text()
+    assert "| teacher |" in written and "| certainty forcing |" in written
+    assert "LowConfidence(steps=32)" in written and "torch " in written
+    assert (tmp_path / "diffusion_demo.svg").read_text().startswith("<?xml")
+
+
+@needs_shared
+def test_diffusion_gsm8k_compares_teacher_and_student(tmp_path: Path) -> None:
+    written = quick_page("diffusion_gsm8k", tmp_path).read_text()
+    assert "| certainty forcing |" in written and "bits per byte" in written and "torch " in written

@@ -65,7 +65,10 @@ def test_a_causal_model_becomes_one_and_learns_to_decode_faster(kdlib: Command, 
     )
     assert done.code == 0, done.err
     run = tmp_path / "forced"
-    assert {"certainty", "masked_accuracy", "scored_tokens"} & metrics(run)[0].keys() >= {"masked_accuracy", "scored_tokens"}
+    assert {"cross_entropy", "cross_entropy_complement", "certainty", "masked_accuracy"} <= metrics(run)[0].keys()
+    plan = json.loads((run / "plan.json").read_text())
+    attention, dense = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert plan["adapter_modules"] == dict.fromkeys((*attention, *dense), 2)
     final, config = run / "final", AutoConfig.from_pretrained(run / "final")
     assert spec_of(config) == spec and not (final / "adapter_config.json").exists()
     assert config.diffusion["decoding"]["strategy"] == strategy_json(EntropyThreshold(threshold=0.3))

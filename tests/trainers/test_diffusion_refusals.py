@@ -124,3 +124,8 @@ def test_a_new_mask_token_below_an_adapter(tmp_path: Path) -> None:
     given = {"processing_class": tiny_tokenizer(), "peft_config": lora(), "config": {"mask_token": MASK_TOKEN}}
     for rows in (V, SIZE):
         refused(tmp_path, "an adapter leaves the embedding of the new mask token", model=tiny_llama(rows), **given)
+
+
+def test_an_adapter_of_a_model_that_becomes_one_is_merged(tmp_path: Path) -> None:
+    config = {"merge_adapter": False}
+    refused(tmp_path, "merge_adapter false would write an adapter alone", model=tiny_llama(SIZE), config=config)
