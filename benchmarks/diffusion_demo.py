@@ -35,9 +35,9 @@ SWEEP: list[dict[str, Any]] = [
     *({"ConfidenceThreshold": {"threshold": threshold}} for threshold in (0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)),
 ]
 METHODS: dict[str, dict[str, Any]] = {
-    CERTAINTY: {"objective": "CertaintyForcing", "masking": "uniform"},
-    "certainty forcing, half masked": {"objective": "CertaintyForcing", "masking": "response"},
-    "cross-entropy alone": {"objective": {"CertaintyForcing": {"weight": 0.0}}, "masking": "uniform"},
+    CERTAINTY: {"objective": "CertaintyForcing", "masking": "response"},
+    "certainty forcing, any share masked": {"objective": "CertaintyForcing", "masking": "uniform"},
+    "cross-entropy alone": {"objective": {"CertaintyForcing": {"weight": 0.0}}, "masking": "response"},
     "certainty forcing, d3LLM's masks": {"objective": "CertaintyForcing", "masking": "trajectory", "ratio_range": [0.0, 1.0]},
     "sharpened teacher (SPEED)": {"objective": {"SharpenedKL": {"temperature": 0.5}}, "masking": "uniform"},
 }
@@ -188,8 +188,9 @@ def write_page(path: Path, found: Sequence[Mapping[str, list[Score]]], arguments
     plot(path.with_suffix(".svg"), found)
     parts = [
         f"Each model's way of decoding with the fewest passes among those of at most {POINTS:g} point less accuracy than the "
-        f"teacher's one token in each pass, per seed, then means over seeds {arguments.seeds}; 400 problems of the demo's task "
-        f"that no model has seen. AUP: d3LLM's, over all ways below. Aim: {FEWER:g} times fewer passes.",
+        f"teacher's one token in each pass (the most accurate way where there is none), per seed, then means over seeds "
+        f"{arguments.seeds}; 400 problems of the demo's task that no model has seen, on which the way is chosen, too. AUP: d3LLM's, "
+        f"over all ways below. Aim: {FEWER:g} times fewer passes.",
         markdown_table(*table(found)),
         f"![accuracy against tokens per forward]({path.with_suffix('.svg').name})",
         "All ways, means over seeds:",
