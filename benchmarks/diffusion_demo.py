@@ -189,8 +189,8 @@ def write_page(path: Path, found: Sequence[Mapping[str, list[Score]]], arguments
     parts = [
         f"Each model's way of decoding with the fewest passes among those of at most {POINTS:g} point less accuracy than the "
         f"teacher's one token in each pass (the most accurate way where there is none), per seed, then means over seeds "
-        f"{arguments.seeds}; 400 problems of the demo's task that no model has seen, on which the way is chosen, too. AUP: d3LLM's, "
-        f"over all ways below. Aim: {FEWER:g} times fewer passes.",
+        f"{arguments.seeds}; 400 problems of the demo's task that no model has seen, on which the way is chosen, too. AUP: "
+        f"d3LLM's, over all ways below. Aim: {FEWER:g} times fewer passes.",
         markdown_table(*table(found)),
         f"![accuracy against tokens per forward]({path.with_suffix('.svg').name})",
         "All ways, means over seeds:",
