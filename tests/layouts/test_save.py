@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdlib import layouts
 from kdlib.diffusion import DiffusionSpec, as_diffusion, spec_of
 from kdlib.models import load_model
+from kdlib.trainers import DiffusionConfig, DiffusionTrainer
 from tests.layouts.published import LOGITS, PUBLISHED, WORDS, V, read, write
 from tests.tiny import tiny_tokenizer
-from tests.trainers.small import trainer_of
+from tests.trainers.small import ROWS, settings_of
 
 IDS = torch.randint(0, V, (9,), generator=torch.Generator().manual_seed(1))
 MODEL_TYPES = ["llada", "Dream"]
@@ -78,7 +79,13 @@ def test_final_of_a_run_is_in_the_published_layout(tmp_path: Path, model_type: s
     source = write(tmp_path / "source", model_type, dtype=torch.bfloat16, torch_dtype="bfloat16")
     adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM") if lora else None
     student = load_model(str(source))
-    trainer = trainer_of(tmp_path / "run", model=student, peft_config=adapter, processing_class=tiny_tokenizer())
+    trainer = DiffusionTrainer(
+        student,
+        args=settings_of(DiffusionConfig, tmp_path / "run"),
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer(),
+        peft_config=adapter,
+    )
     final = trainer.save_final(tmp_path / "final")
     before, after = read(source), read(final)
     assert {name: w.shape for name, w in before.items()} == {name: w.shape for name, w in after.items()}

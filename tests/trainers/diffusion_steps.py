@@ -17,9 +17,10 @@ from kdlib.diffusion import DiffusionSpec, as_diffusion
 from kdlib.trainers import DiffusionConfig, DiffusionTrainer
 from kdlib.trainers.diffusion_views import draws_of, rows_of
 from tests.tiny import tiny_llama, tiny_tokenizer
-from tests.trainers.diffusion_plain import EOS, FAVOURED, MASK, SIZE, Masked, Text
+from tests.trainers.diffusion_plain import EOS, FAVOURED, MASK, SIZE, Masked, Text, texts
 from tests.trainers.small import Gradients, assert_same, logged, plain_gradients, settings_of
 
+ROWS = texts()
 MASK_TOKEN = "<|mask|>"
 BLOCKS: dict[str, Any] = {"attention": "block_causal", "block_length": 4}
 PLAIN = {"block_length": 4, "max_length": 64, "max_grad_norm": 1e9, "seed": 2}  # a seed that masks some of every row
@@ -105,3 +106,7 @@ def assert_step(
     assert expected.item() > 1e-4, "it must have something to teach"
     assert logged(trainer)[-1] == pytest.approx(expected.item(), rel=tolerance)
     assert_same(found, plain_gradients(student, expected), tolerance=tolerance)
+
+
+def masked_rows(trainer: DiffusionTrainer, rows: Sequence[Text] | None = None, **when: Any) -> list[Masked]:
+    return [masked_of(trainer, row, **when) for row in (ROWS if rows is None else rows)]
