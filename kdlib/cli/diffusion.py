@@ -49,6 +49,9 @@ class DecodingArguments:
     temperature: float = 0.0
     cache: Literal["prefix", "dual", "free", "block"] | None = None
 
+    def __post_init__(self) -> None:
+        check_least(self, {"gen_length": 1, "block_length": 1})
+
 
 @dataclass
 class DiffusionMeasureArguments:
@@ -112,7 +115,7 @@ class DiffusionRun(Run):
         from kdlib.decoding.strategies import strategy_of
 
         d = self.arguments.decoding
-        return DiffusionDecoder(
+        decoder = DiffusionDecoder(
             gen_length=d.gen_length or self.args.response_length or 256,
             block_length=d.block_length or self.args.blocks(spec),
             strategy=strategy_of(d.strategy),
@@ -120,6 +123,8 @@ class DiffusionRun(Run):
             cache=d.cache,
             seed=self.args.seed,
         )
+        decoder.check()
+        return decoder
 
     def measure(self, trainer: DistillationTrainer) -> Sequence[Section]:
         """Decoding of the model as it was and as it lies in final.tmp, into eval/diffusion.json and the report."""

@@ -101,10 +101,10 @@ class DiffusionTrainer(DistillationTrainer):
         return MaskedELBO()
 
     def default_teacher(self, objective: DiffusionObjective, options: Mapping[str, Any]) -> Any:
-        """The student itself for objectives that compare with a teacher: below its adapter where it has one."""
+        """The student itself for objectives that compare with a teacher: below its adapter where that is what it was."""
         if objective.accepts is None:
             return None
-        if options.get("peft_config") is not None:
+        if options.get("peft_config") is not None and not objective.renews_teacher:
             return SelfTeacher("adapter_off")
         return SelfTeacher("copy" if objective.copies_student else "student")
 

@@ -39,6 +39,11 @@ def check_teacher(teacher: Any, objective: DiffusionObjective, spec: DiffusionSp
         )
     if teacher is not None and objective.accepts is None:
         raise ValueError(f"{type(objective).__name__} compares with no teacher: leave teacher out")
+    if objective.renews_teacher and not (isinstance(teacher, SelfTeacher) and teacher.keeps_weights):
+        raise ValueError(
+            f"{type(objective).__name__} renews its teacher in rounds: leave teacher out (a copy of the student), or set "
+            "objective.rounds 1 to learn from another"
+        )
     if isinstance(teacher, HFTeacher):
         own = known_spec(teacher.model.config) or spec
         check_diffusion(teacher.model, own, role="teacher")

@@ -129,6 +129,8 @@ def test_help_names_the_options(kdlib: Command) -> None:
         ({"on_policy_fraction": 1}, "write trajectories with kdlib trajectories diffusion"),
         ({"decoding.strategy": "Fastest"}, "Fastest"),
         ({"evaluate.limit": -1}, "limit must be at least 0, not -1"),
+        ({"decoding.block_length": 0}, "block_length must be at least 1, not 0"),
+        ({"decoding.temperature": -1}, "temperature -1"),
     ],
     ids=str,
 )

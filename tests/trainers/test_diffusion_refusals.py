@@ -106,9 +106,9 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_cache_knows_no_masked_rows(tmp_path: Path) -> None:
-    rows, settings = Dataset.from_list([row.row() for row in ROWS]), {"k": 4, "batch_size": 4, "rows_per_shard": 4}
-    made = {"directory": tmp_path / "cache", "tokenizer": masked_tokenizer(), "teacher_name": "tiny"}
-    write_cache(HFTeacher(tiny_llama(SIZE, seed=1)), rows, **made, **settings)
+    rows, options = Dataset.from_list([row.row() for row in ROWS]), dict[str, Any](k=4, batch_size=4, teacher_name="tiny")
+    teacher = HFTeacher(tiny_llama(SIZE, seed=1))
+    write_cache(teacher, rows, directory=tmp_path / "cache", tokenizer=masked_tokenizer(), rows_per_shard=4, **options)
     with pytest.raises(ValueError, match=r"a diffusion teacher reads masked rows in this process.*not CachedTeacher"):
         diffusion_trainer(tmp_path / "run", ROWS, teacher=str(tmp_path / "cache"), objective=MaskConsistency())
 

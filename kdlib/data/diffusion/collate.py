@@ -72,6 +72,7 @@ class DiffusionCollator:
 
 def _on_tokens(steps: Sequence[Sequence[int]], rank: Tensor) -> Tensor:
     """[B, S] the step of each maskable token by its ``rank`` [B, S]; the last one's for those behind it."""
-    width = max(map(len, steps))
-    table = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in steps])
+    filled = [list(row) or [0] for row in steps]  # a row without a response has none
+    width = max(map(len, filled))
+    table = torch.tensor([row + row[-1:] * (width - len(row)) for row in filled])
     return table.gather(1, rank.clamp(0, width - 1)).masked_fill(rank < 0, 0)

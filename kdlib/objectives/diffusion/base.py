@@ -80,6 +80,11 @@ class DiffusionObjective(Objective):
         micro-batch times the micro-batch's rows.
         """
 
+    @property
+    def renews_teacher(self) -> bool:
+        """Whether it ever does what ``refreshes`` says, so that the teacher has to be a copy."""
+        return False
+
     def refreshes(self, step: int) -> bool:
         """Whether the teacher becomes a copy of the student after optimizer step ``step`` (1-based)."""
         return False

@@ -67,6 +67,10 @@ class StepHalving(DiffusionObjective):
 
     # The rounds of a run
 
+    @property
+    def renews_teacher(self) -> bool:
+        return self.rounds > 1
+
     def refreshes(self, step: int) -> bool:
         return step % self.refresh_steps == 0 and step // self.refresh_steps < self.rounds
 
