@@ -93,7 +93,7 @@ def one_seed(root: Path, arguments: argparse.Namespace, *, seed: int) -> dict[st
     keep = {"verify": "exact_number"} if not quick else {"keep": "all", "keep_unfinished": True}
     options = {"gen_length": RESPONSE, "block_length": BLOCK, "batch_size": 100, **keep}
     write_trajectories(teacher, root / "solutions.jsonl", rows, limit=arguments.rows, options=options)
-    limit = 8 if quick else None
+    limit = 2 if quick else None
     found = {TEACHER: score(teacher, root, limit=limit)}
     common = {"model": teacher, "dataset_name": rows, "seed": seed, "max_steps": arguments.steps, **COMMON}
     for name in arguments.methods:
@@ -172,7 +172,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.seeds, arguments.steps, arguments.rows, arguments.methods = arguments.seeds[:1], 2, 16, [CERTAINTY]
+        arguments.seeds, arguments.steps, arguments.rows, arguments.methods = arguments.seeds[:1], 2, 4, [CERTAINTY]
+        del SWEEP[2:]
     root = Path(arguments.runs).resolve()
     found = [one_seed(root / str(seed), arguments, seed=seed) for seed in arguments.seeds]
     for head, lines in (table(found), curves(found)):

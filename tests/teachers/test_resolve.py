@@ -118,7 +118,7 @@ def test_ensembles_and_routes_nest(path: str) -> None:
         ({"EnsembleTeacher": {"teachers": []}}, "EnsembleTeacher needs teachers"),
         ({"EnsembleTeacher": ["a"]}, r"EnsembleTeacher takes teachers and weights, not \['a'\]"),
         ({"SelfTeacher": {"kinds": "ema"}}, "SelfTeacher takes kind and decay, not kinds"),
-        ({"SelfTeacher": {"kind": "mean"}}, "student, ema or adapter_off, not 'mean'"),
+        ({"SelfTeacher": {"kind": "mean"}}, "student, ema, copy or adapter_off, not 'mean'"),
         ({"SelfTeacher": {}, "math": "a"}, "EnsembleTeacher and SelfTeacher stand alone"),
         ({"math": None}, "a teacher among several is null"),
         ({}, "RoutedTeacher needs teachers"),
