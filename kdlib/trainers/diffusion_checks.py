@@ -34,8 +34,8 @@ def check_teacher(teacher: Any, objective: DiffusionObjective, spec: DiffusionSp
     """ValueError for a teacher that does not read rows masked for ``spec`` and give whole distributions on them."""
     if teacher is not None and not isinstance(teacher, SelfTeacher | HFTeacher):
         raise ValueError(
-            "a diffusion teacher reads masked rows in this process: a path, or SelfTeacher (student, copy, ema or adapter_off), "
-            f"not {type(teacher).__name__}"
+            "a diffusion teacher reads masked rows in this process: a path, or SelfTeacher (student, copy, ema or "
+            f"adapter_off), not {type(teacher).__name__}"
         )
     if teacher is not None and objective.accepts is None:
         raise ValueError(f"{type(objective).__name__} compares with no teacher: leave teacher out")
