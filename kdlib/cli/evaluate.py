@@ -124,6 +124,10 @@ def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
     from kdlib.models import load_model, load_tokenizer
 
     assert arguments.dataset_name is not None
+    denoises = is_diffusion(arguments.model)
+    if arguments.teacher and denoises:
+        raise ValueError("KL to a teacher is that of the next token, which no diffusion model predicts: leave --teacher out")
+    measure = diffusion_bound if denoises else bits_per_byte
     tokenizer = load_tokenizer(arguments.model)
     _check_teacher(arguments, tokenizer)
     rows = load_rows(arguments.dataset_name, split=arguments.dataset_test_split)
@@ -131,9 +135,6 @@ def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(arguments.model, dtype=arguments.dtype)
     model.to(device)
-    if arguments.teacher and is_diffusion(model):
-        raise ValueError("KL to a teacher is that of the next token, which no diffusion model predicts: leave --teacher out")
-    measure = diffusion_bound if is_diffusion(model) else bits_per_byte
     text = measure(model, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
     task = Path(arguments.dataset_name).stem
     results, scores = text.as_results(task=task), asdict(text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kdlib.cli.measuring import loaded, print_findings, write_result
+from kdlib.cli.measuring import compared_tokenizer, loaded, print_findings, write_result
 from kdlib.cli.parsing import check_least, parse
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _measured(a: DiffusionArguments, sweep: SweepArguments) -> DiffusionSweep:
         tasks=a.tasks or (),
         prompts=prompts,
         rows=rows,
-        tokenizer=_tokenizer(a),
+        tokenizer=compared_tokenizer(a),
         batch_size=a.batch_size,
         limit=a.limit,
         num_fewshot=a.num_fewshot,
@@ -142,22 +142,6 @@ def _measured(a: DiffusionArguments, sweep: SweepArguments) -> DiffusionSweep:
         load=partial(loaded, a),
         **vars(sweep),
     )
-
-
-def _tokenizer(a: DiffusionArguments) -> Any:
-    """The model's; ValueError when the base has another one."""
-    from kdlib.models import load_tokenizer
-    from kdlib.tokenizers import explain_difference, same_tokenizer
-
-    tokenizer = load_tokenizer(a.model, trust_remote_code=a.trust_remote_code)
-    if a.base is not None:
-        other = load_tokenizer(a.base, trust_remote_code=a.trust_remote_code)
-        if not same_tokenizer(tokenizer, other):
-            raise ValueError(
-                f"model and base have different tokenizers ({explain_difference(tokenizer, other)}): tokens per forward of "
-                "different tokens do not compare, give the model that was trained"
-            )
-    return tokenizer
 
 
 def _show(a: DiffusionArguments, sweep: DiffusionSweep) -> None:

@@ -17,7 +17,7 @@ from kdlib.cli.evaluate_jacobi_costs import (
     costs_json,
     score_columns,
 )
-from kdlib.cli.measuring import loaded, print_findings, print_left_out, write_result
+from kdlib.cli.measuring import compared_tokenizer, loaded, print_findings, print_left_out, write_result
 from kdlib.cli.parsing import check_least, parse
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _measured(
     JacobiDecoder(**asdict(decoder)).check(max_new_tokens=a.max_new_tokens)
     rows = load_rows(a.prompts, split=a.dataset_split, config=a.dataset_config, limit=a.limit)
     scorer = Scorer.of(costs, apply_chat_template=bool(a.apply_chat_template), batch_size=a.batch_size, decoder=asdict(decoder))
-    tokenizer = _tokenizer(a)
+    tokenizer = compared_tokenizer(a)
     models = {Path(a.model).name: a.model} if a.base is None else {"base": a.base, "trained": a.model}
     results: dict[str, JacobiResult] = {}
     found: dict[str, Costs] = {}
@@ -156,22 +156,6 @@ def _measured(
         )
         found[name] = scorer.costs(model, tokenizer)
     return results, found
-
-
-def _tokenizer(a: JacobiArguments) -> Any:
-    """The model's; ValueError when the base has another one."""
-    from kdlib.models import load_tokenizer
-    from kdlib.tokenizers import explain_difference, same_tokenizer
-
-    tokenizer = load_tokenizer(a.model, trust_remote_code=a.trust_remote_code)
-    if a.base is not None:
-        other = load_tokenizer(a.base, trust_remote_code=a.trust_remote_code)
-        if not same_tokenizer(tokenizer, other):
-            raise ValueError(
-                f"model and base have different tokenizers ({explain_difference(tokenizer, other)}): tokens per forward of "
-                "different tokens do not compare, give the model that was trained"
-            )
-    return tokenizer
 
 
 def _show(a: JacobiArguments, results: dict[str, JacobiResult], found: dict[str, Costs]) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from kdlib.data.draft import UNSCORED
-from kdlib.data.keys import draw_key
 from kdlib.data.traces import Batch, Prompt, Prompts, Skipped, TraceWriter
 from kdlib.data.traces.writer import Trace, append_line, cut_torn_line
+from kdlib.keys import draw_key
 from kdlib.tokenizers.identity import tokenizer_fingerprint
 from kdlib.types import Completion, Sampler
 from kdlib.verifiers import Verdict, Verifier, judge

@@ -110,12 +110,7 @@ def objective_names(*, diffusion: bool | None = None) -> list[str]:
     home = importlib.import_module("kdlib.objectives")
     found = {name: getattr(home, name) for name in home.__all__}
     names = [name for name, cls in found.items() if is_dataclass(cls) and not inspect.isabstract(cls)]
-    return [name for name in names if diffusion in (None, issubclass(found[name], _diffusion_base()))]
-
-
-def _diffusion_base() -> type:
-    base: type = importlib.import_module("kdlib.objectives.diffusion").DiffusionObjective
-    return base
+    return [name for name in names if diffusion in (None, issubclass(found[name], home.diffusion.DiffusionObjective))]
 
 
 def class_fields(path: str) -> list[str]:

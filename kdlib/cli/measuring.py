@@ -23,6 +23,14 @@ class LoadingArguments(Protocol):
     device: str | None
 
 
+class ComparisonArguments(Protocol):
+    """A model, and the one it was before training."""
+
+    model: str
+    base: str | None
+    trust_remote_code: bool
+
+
 def row_prompts(
     trainer: DistillationTrainer,
     prompt: Callable[[Mapping[str, Any]], list[int]],
@@ -49,6 +57,22 @@ def loaded(a: LoadingArguments, name: str) -> Any:
         name, dtype=a.dtype, attn_implementation=a.attn_implementation, trust_remote_code=a.trust_remote_code
     )
     return model.to(device)
+
+
+def compared_tokenizer(a: ComparisonArguments) -> Any:
+    """The model's; ValueError when the base has another one."""
+    from kdlib.models import load_tokenizer
+    from kdlib.tokenizers import explain_difference, same_tokenizer
+
+    tokenizer = load_tokenizer(a.model, trust_remote_code=a.trust_remote_code)
+    if a.base is not None:
+        other = load_tokenizer(a.base, trust_remote_code=a.trust_remote_code)
+        if not same_tokenizer(tokenizer, other):
+            raise ValueError(
+                f"model and base have different tokenizers ({explain_difference(tokenizer, other)}): tokens per forward of "
+                "different tokens do not compare, give the model that was trained"
+            )
+    return tokenizer
 
 
 def print_findings(console: Console, lines: Iterable[str]) -> None:

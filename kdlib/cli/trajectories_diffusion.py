@@ -29,7 +29,6 @@ A wrong answer is drawn again at the next temperature, attempts times, then drop
 continues where it was stopped; --overwrite true starts anew."""
 
 SAME_DIFFUSION = (*SAME, "verify", "answer_column", "attempts", "temperatures", "keep", "keep_unfinished")
-DEFAULT_BLOCK_LENGTH = 32  # here and of kdlib diffusion
 
 
 @dataclass
@@ -145,10 +144,11 @@ def _decoder(a: DiffusionTrajectoriesArguments, spec: DiffusionSpec) -> Diffusio
     """The decoder of the first attempt; ValueError for options out of range."""
     from kdlib.decoding import DiffusionDecoder
     from kdlib.decoding.strategies import strategy_of
+    from kdlib.diffusion.spec import block_length_of
 
     decoder = DiffusionDecoder(
         gen_length=a.gen_length,
-        block_length=a.block_length or spec.block_length or DEFAULT_BLOCK_LENGTH,
+        block_length=block_length_of(spec, asked=a.block_length),
         strategy=strategy_of({"LowConfidence": {"steps": a.gen_length}} if a.strategy is None else a.strategy),
         cache=a.cache,
     )

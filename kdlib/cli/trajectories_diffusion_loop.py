@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.trajectories_rows import OUTSIDE
 from kdlib.data.diffusion import DiffusionWritten, trajectory_row
-from kdlib.data.keys import draw_key
 from kdlib.data.traces import Prompt
 from kdlib.decoding import DiffusionDecoder, DiffusionOutput
 from kdlib.diffusion import DiffusionSpec
+from kdlib.keys import draw_key
 from kdlib.verifiers import Verifier, judge
 
 if TYPE_CHECKING:

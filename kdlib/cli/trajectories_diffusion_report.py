@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kdlib.cli.trajectories_diffusion import DEFAULT_BLOCK_LENGTH
 from kdlib.cli.trajectories_report import counted, kept_and_dropped
+from kdlib.diffusion.spec import BLOCK_LENGTH
 
 if TYPE_CHECKING:
     from kdlib.cli.trajectories_diffusion import DiffusionTrajectoriesArguments
@@ -40,6 +40,6 @@ def check_kept(total: Mapping[str, Any], *, directory: str) -> None:
 def next_command(a: DiffusionTrajectoriesArguments, *, checkpoint: str, decoder: DiffusionDecoder) -> str:
     """The training that reads these trajectories."""
     words = ["kdlib", "diffusion", "--model", checkpoint, "--dataset_name", a.output_dir, "--objective", "CertaintyForcing"]
-    if decoder.block_length != DEFAULT_BLOCK_LENGTH:
+    if decoder.block_length != BLOCK_LENGTH:
         words += ["--block_length", str(decoder.block_length)]
     return f"next    {shlex.join([*words, '--output_dir', 'OUT'])}"

@@ -13,11 +13,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from kdlib.cli.trajectories_rows import OUTSIDE, chat_format, own_completion
-from kdlib.data.keys import draw_key
 from kdlib.data.traces import Prompt
 from kdlib.data.trajectories import BlockTrajectory, Written, encoded_row
 from kdlib.decoding.jacobi_states import PackedStates, packed_states
 from kdlib.decoding.sampling import context_length
+from kdlib.keys import draw_key
 from kdlib.types import Sampler
 
 if TYPE_CHECKING:

@@ -73,8 +73,7 @@ class ShardIndex(ABC, Generic[ShardT]):
 
     def changes(self, settings: Mapping[str, Any]) -> list[str]:
         """``key: before -> now`` of every setting that differs."""
-        pairs = [(key, self.settings.get(key), settings.get(key)) for key in dict.fromkeys([*self.settings, *settings])]
-        return [f"{key}: {_shown(before)} -> {_shown(now)}" for key, before, now in pairs if before != now]
+        return setting_changes(self.settings, settings)
 
     def check(self, directory: Path) -> None:
         """ValueError for shards that are not there yet, and for files that are missing, truncated or altered."""
@@ -148,6 +147,12 @@ def _index(directory: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key: before -> now`` of every setting that differs."""
+    pairs = [(key, before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now])]
+    return [f"{key}: {_shown(old)} -> {_shown(new)}" for key, old, new in pairs if old != new]
 
 
 def _shown(value: Any) -> str:

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
 import torch
-import xxhash
 from torch import nn
 
 from kdlib.decoding.diffusion import DiffusionOutput, check_lengths, diffusion_generate
@@ -16,7 +14,8 @@ from kdlib.decoding.diffusion_reader import Cache
 from kdlib.decoding.diffusion_step import Strategy
 from kdlib.decoding.strategies import ConfidenceThreshold, EntropyThreshold, LowConfidence, strategy_json, strategy_of
 from kdlib.diffusion.known import spec_of
-from kdlib.diffusion.spec import DiffusionSpec
+from kdlib.diffusion.spec import BLOCK_LENGTH, DiffusionSpec
+from kdlib.keys import draw_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class DiffusionDecoder:
     """The options of ``diffusion_generate``; a row's draws follow from ``seed`` and its prompt alone."""
 
     gen_length: int = 256
-    block_length: int = 32
+    block_length: int = BLOCK_LENGTH
     strategy: Strategy = field(default_factory=ConfidenceThreshold)
     temperature: float = 0.0
     cache: Cache | None = None
@@ -69,7 +68,7 @@ class DiffusionDecoder:
                     temperature=self.temperature,
                     attention_mask=mask.long(),
                     cache=self.cache,
-                    seeds=[_seed(self.seed, prompts[row]) for row in rows],
+                    seeds=[draw_key(self.seed, *prompts[row]) for row in rows],
                     stop_ids=stop_ids,
                 ),
             )
@@ -88,10 +87,6 @@ class DiffusionDecoder:
         decoder = DiffusionDecoder(**{**content, **strategy})
         decoder.check()
         return decoder
-
-
-def _seed(seed: int, prompt: Sequence[int]) -> int:
-    return xxhash.xxh64_intdigest(np.asarray([seed, *prompt], dtype="<i8").tobytes()) & (2**63 - 1)
 
 
 def decoder_of(config: Any) -> DiffusionDecoder:

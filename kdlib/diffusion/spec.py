@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 Attention = Literal["full", "block_causal", "canvas"]
 BlocksFrom = Literal["response", "sequence"]
 EosPadding = Literal["none", "block", "length"]
+BLOCK_LENGTH = 32  # of LLaDA, dParallel and d3LLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +56,10 @@ class DiffusionSpec:
     def from_json(content: Mapping[str, Any]) -> DiffusionSpec:
         """The spec of ``to_json``; other keys, such as the decoding settings beside it, are left alone."""
         return DiffusionSpec(**{field.name: content[field.name] for field in fields(DiffusionSpec) if field.name in content})
+
+
+def block_length_of(spec: DiffusionSpec | None, *, asked: int | None = None) -> int:
+    """Tokens of a block: what is ``asked`` for, else those of the model's own blocks, else BLOCK_LENGTH."""
+    if asked is not None:
+        return asked
+    return BLOCK_LENGTH if spec is None or spec.block_length is None else spec.block_length

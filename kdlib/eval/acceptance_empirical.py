@@ -11,11 +11,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.data.keys import draw_key
 from kdlib.decoding.speculative import SpeculativeOutput, speculative_generate
 from kdlib.eval.acceptance_expected import DraftSampling
 from kdlib.eval.acceptance_statistics import Array, Estimate, Sums, ratio
 from kdlib.eval.speedup import acceptance_length_of, iid_acceptance_length
+from kdlib.keys import draw_key
 from kdlib.types import SamplingParams
 
 _SPECULATION = 1  # keeps these draws apart from those of the responses

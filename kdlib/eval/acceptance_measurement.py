@@ -10,7 +10,6 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from kdlib.data.keys import draw_key
 from kdlib.decoding.sampling import generate
 from kdlib.eval.acceptance_empirical import Decoded, Decoding, empirical_acceptance
 from kdlib.eval.acceptance_expected import METHODS, DraftSampling, expected_acceptance, response_rows
@@ -19,6 +18,7 @@ from kdlib.eval.acceptance_summary import Expected, summarise
 from kdlib.eval.acceptance_timing import Timing, measure_timing
 from kdlib.eval.losslessness import Check, check_greedy, check_sampling
 from kdlib.eval.scoring import ScoredChunk
+from kdlib.keys import draw_key
 
 # Token rows -> chunks whose logits are (target's [n, V], draft's [n, V] with -inf for what it cannot propose).
 Scorer = Callable[[Dataset], Iterable[ScoredChunk]]

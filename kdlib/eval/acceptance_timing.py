@@ -10,12 +10,12 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kdlib.data.keys import draw_key
 from kdlib.decoding.sampling import context_length, generate
 from kdlib.eval.acceptance_empirical import Decoded, Decoding, speculate
 from kdlib.eval.acceptance_expected import DraftSampling
 from kdlib.eval.costs import Costs, measure_costs
 from kdlib.eval.speedup import best_gamma, speedup
+from kdlib.keys import draw_key
 
 LARGEST_GAMMA = 8  # gammas up to this are asked whether they would pay, also those that were not decoded
 

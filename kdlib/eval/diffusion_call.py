@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from kdlib.data.keys import draw_key
 from kdlib.decoding.diffusion_decoder import PRESETS, DiffusionDecoder
 from kdlib.decoding.strategies import strategy_json
 from kdlib.eval.acceptance_pair import name_of
@@ -25,6 +24,7 @@ from kdlib.eval.diffusion_result import ONE_BY_ONE, DiffusionSweep
 from kdlib.eval.diffusion_sweep import Asked, Strategies, expanded, measure
 from kdlib.eval.harness import require_lm_eval
 from kdlib.eval.tasks import find_tasks
+from kdlib.keys import draw_key
 from kdlib.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from kdlib.data.draft import sample_id
-from kdlib.data.keys import draw_key
 from kdlib.diffusion import DiffusionSpec
 from kdlib.head import Head
+from kdlib.keys import draw_key
 from kdlib.models import hidden_states
 from kdlib.streams import CLEAN, PADDING
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from kdlib.data.shards import setting_changes
 from kdlib.eval.acceptance_statistics import Estimate, Sums, ratio, sums
 from kdlib.files import write_whole
 
@@ -80,7 +81,7 @@ class Points:
         self._held: dict[str, Point] = {}
         for path in () if self.folder is None else sorted(self.folder.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
-            if changed := _changes(content["settings"], self.settings):
+            if changed := setting_changes(content["settings"], self.settings):
                 raise ValueError(
                     f"{directory} holds a measurement with other options ({'; '.join(changed)}): type them as they were to "
                     "continue it, or choose another output_path"
@@ -107,12 +108,6 @@ def _name(model: str, strategy: Mapping[str, Any], task: str) -> str:
     hashed = xxhash.xxh64_hexdigest(json.dumps([model, strategy, task], sort_keys=True).encode())
     words = re.sub(r"[^A-Za-z0-9.]+", "_", f"{model}-{next(iter(strategy))}-{task}")[-80:]
     return f"{words}-{hashed}.json"
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: before -> now`` of every setting that differs."""
-    pairs = [(key, before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now])]
-    return [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
 
 
 def weights_of(model: str) -> str | None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.data.draft import sample_id
-from kdlib.data.keys import draw_key
 from kdlib.decoding.jacobi import JacobiOutput, jacobi_generate
 from kdlib.decoding.jacobi_init import Init
 from kdlib.decoding.jacobi_options import JacobiOptions
+from kdlib.keys import draw_key
 
 
 @dataclass(frozen=True, kw_only=True)

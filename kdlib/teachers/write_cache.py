@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.data.cache import Block, CacheIndex, CacheMeta, CacheWriter, Signals
 from kdlib.data.collate import DistillationCollator
-from kdlib.data.keys import draw_key
 from kdlib.data.positions import causal_positions
 from kdlib.kernels.outcomes import top_k
+from kdlib.keys import draw_key
 from kdlib.serving.errors import BadRowsError
 from kdlib.teachers.vllm import VLLMTeacher
 from kdlib.tokenizers.identity import Tool, template_fingerprint, tokenizer_fingerprint

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from kdlib.diffusion.masking import KINDS, Masking
-from kdlib.diffusion.spec import Attention, DiffusionSpec, EosPadding
+from kdlib.diffusion.spec import Attention, DiffusionSpec, EosPadding, block_length_of
 from kdlib.trainers.config import DistillationConfig
 
 Kind = Literal["auto", "uniform", "response", "blocks", "per_block", "monotone", "trajectory"]
 Context = Literal["noisy", "clean"]
-BLOCK_LENGTH = 32  # of LLaDA, dParallel and d3LLM
 
 
 @dataclass
@@ -65,10 +64,8 @@ class DiffusionConfig(DistillationConfig):
         self.masks("uniform", block_length=self.blocks(None))
 
     def blocks(self, known: DiffusionSpec | None) -> int:
-        """Tokens of a block: the option, else those of the model's own blocks, else BLOCK_LENGTH."""
-        if self.block_length is not None:
-            return self.block_length
-        return BLOCK_LENGTH if known is None or known.block_length is None else known.block_length
+        """Tokens of a block for a model that is ``known``, or for a new one."""
+        return block_length_of(known, asked=self.block_length)
 
     def masks(self, kind: str, *, block_length: int) -> Masking:
         """The way of masking; ``kind`` is that of the objective where ``masking`` is auto."""

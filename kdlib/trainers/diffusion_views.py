@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib.data.keys import draw_key
 from kdlib.diffusion.masking import Draws
 from kdlib.diffusion.noise import Rows
 from kdlib.diffusion.spec import DiffusionSpec
+from kdlib.keys import draw_key
 from kdlib.objectives.diffusion.base import Corruption, Scored
 from kdlib.trainers.diffusion_layout import Layout
 from kdlib.types import Positions
@@ -47,7 +47,8 @@ def stacked(views: list[Batch], *, prefix: str = "") -> Batch:
 
 def positions_of(batch: Batch, corruption: Corruption, *, student: Layout, teacher: Layout) -> dict[str, Positions]:
     """Each term's rows in the stacked views: where the student says a token, and where the teacher does."""
-    here, there = student.read_at(batch), teacher.read_at(batch)
+    here = student.read_at(batch)
+    there = teacher.read_at(batch) if corruption.teacher else here
     return {name: _positions(batch, scored, here, there) for name, scored in corruption.scored.items()}
 
 

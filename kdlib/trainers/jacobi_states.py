@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kdlib.data.draft import last_span
 from kdlib.data.jacobi import Block, Noisy, RowStates, choose, noise_states
-from kdlib.data.keys import draw_key
 from kdlib.decoding import packed_states
+from kdlib.keys import draw_key
 from kdlib.trainers.jacobi_config import JacobiConfig
 
 STUDENT = 1  # keeps the seeds of a model's first guesses apart from those of choices

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdlib.data.keys import draw_key
 from kdlib.data.rollout_rows import prompt_ids, with_completion
+from kdlib.keys import draw_key
 from kdlib.types import Completion, Sampler, SamplingParams
 
 Row = dict[str, Any]

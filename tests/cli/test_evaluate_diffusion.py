@@ -86,7 +86,7 @@ def test_both_models_on_a_task_prompts_and_a_text(kdlib: Command, models: Path, 
     assert kdlib("evaluate", "diffusion", **asked).code == 0
     assert tree(tmp_path / "out") == before
     changed = kdlib("evaluate", "diffusion", **{**asked, "gen_length": 4, "limit": 2})
-    assert changed.code == 2 and "gen_length: 6 -> 4; limit: None -> 2" in changed.err and changed.err.count("\n") == 1
+    assert changed.code == 2 and "gen_length: 6 -> 4; limit: null -> 2" in changed.err and changed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from kdlib.cli.generate import GenerateArguments
 from kdlib.cli.help import docs, shown_default
 from kdlib.cli.parsing import option_names, parse
 from kdlib.cli.recipes import recipes
-from kdlib.data.keys import draw_key
+from kdlib.keys import draw_key
 from tests.cli.conftest import Command, conversation, tree, write_rows
 
 # Judges by the completion's length; raises, abstains or ends the process where the test says so.

@@ -22,11 +22,11 @@ from kdlib.cli.trajectories_diffusion import DiffusionTrajectoriesArguments
 from kdlib.data import load_rows
 from kdlib.data.arithmetic import make_problems
 from kdlib.data.diffusion import DiffusionIndex
-from kdlib.data.keys import draw_key
 from kdlib.data.trajectories import is_trajectories
 from kdlib.decoding import DiffusionDecoder
 from kdlib.decoding.strategies import strategy_of
 from kdlib.diffusion import DiffusionSpec, as_diffusion, spec_of
+from kdlib.keys import draw_key
 from kdlib.verifiers import final_number
 from tests.cli.conftest import Command, conversation, tree, write_rows
 from tests.cli.stopped import stopped_trajectories
