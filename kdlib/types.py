@@ -213,7 +213,8 @@ class Positions:
     a row belongs to; ``weight`` [N]; ``drawn`` [N] log-prob with which the label was drawn, NaN where it was not;
     ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N]
     and ``teacher_chunk`` [N'] for another tokenisation. ``total``: what the rows' sum is divided by where that is not their
-    number, as with a mean over all tokens of which a part is scored.
+    number, as with a mean over all tokens of which a part is scored. ``uniform`` [N]: a number of [0, 1) drawn for each row,
+    by which an objective takes some of them.
     """
 
     index: Tensor
@@ -221,6 +222,7 @@ class Positions:
     sequence: Tensor
     weight: Tensor | None = None
     drawn: Tensor | None = None
+    uniform: Tensor | None = None
     teacher_index: Tensor | None = None
     chunk: Tensor | None = None
     teacher_chunk: Tensor | None = None
@@ -286,10 +288,20 @@ class Objective(Protocol):
 
 @runtime_checkable
 class RowObjective(Protocol):
-    """An objective that is a sum over rows: ``row`` gives [n] or [n, J] from views of q and p and the labels [n]."""
+    """An objective that is a sum over rows: ``row`` gives [n] or [n, J] from views of q and p and the labels [n].
+
+    ``same_vocabulary``: an id is one token in both models. ``by_chunk``: ``row`` wants as many rows at a time as there are
+    logits of, also on CPU, where elementwise work is faster on a few.
+    """
 
     @property
     def accepts(self) -> Support | None: ...
+
+    @property
+    def same_vocabulary(self) -> bool: ...
+
+    @property
+    def by_chunk(self) -> bool: ...
 
     def row(self, q: View, p: View | None, labels: Tensor) -> Tensor: ...
 

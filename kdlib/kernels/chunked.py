@@ -6,7 +6,8 @@ chunk's logits, V D for grad_weight and N D for grad_hidden (none of the latter 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,25 +27,43 @@ def chunked(student: StudentSignal, teacher: TeacherSignal | None, objective: Ro
     """``linear_objective`` by chunks, for any row objective on any device; differentiable once."""
     head, hidden = student.head, student.hidden
     lora_a, lora_b, _ = head.lora or (None, None, 0.0)
-    job = _Job(student=student, teacher=teacher, objective=objective, metrics=metrics, found={})
+    job = _job(student, teacher, objective, metrics=metrics)
     sums = _SinglePass.apply(hidden, head.weight, head.bias, lora_a, lora_b, job)
     return Loss(sum=sums, count=len(hidden), metrics=summed({k: torch.cat(v) for k, v in job.found.items()}))
 
 
 def chunked_rows(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective) -> Tensor:
     """The rows [N] or [N, J] that ``chunked`` sums, weights applied, without gradient."""
-    job = _Job(student=student, teacher=teacher, objective=objective, metrics=False, found={})
-    _, rows = _run(job, _Gradients((False,) * 5, [None] * 5), False)
+    job = _job(student, teacher, objective, metrics=False)
+    _, rows = run(job, Gradients((False,) * 5, [None] * 5), False)
     return rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
+    """What is computed of each chunk: ``row(q, p, rows)`` gives [n] or [n, J] of the rows that a slice of 0..N names.
+
+    ``by_chunk``: ``row`` sees a chunk at a time, also on CPU, where it else sees the few rows that stay in cache. ``metrics``
+    are collected into ``found``.
+    """
+
     student: StudentSignal
     teacher: TeacherSignal | None
-    objective: RowObjective
-    metrics: bool
-    found: dict[str, list[Tensor]]
+    row: Callable[[DenseView, View | None, slice], Tensor]
+    by_chunk: bool = False
+    metrics: bool = False
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def _job(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective, *, metrics: bool) -> Job:
+    """The objective's rows, each times its weight."""
+    labels, weight = student.positions.labels, student.positions.weight
+
+    def row(q: DenseView, p: View | None, rows: slice) -> Tensor:
+        values = objective.row(q, p, labels[rows])
+        return values if weight is None else values * weight[rows].reshape(-1, *[1] * (values.ndim - 1))
+
+    return Job(student=student, teacher=teacher, row=row, by_chunk=objective.by_chunk, metrics=metrics)
 
 
 class _SinglePass(torch.autograd.Function):
@@ -54,7 +73,7 @@ class _SinglePass(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, job = inputs
         needed = ctx.needs_input_grad[:5]
-        gradients, rows = _run(job, _Gradients(needed, tensors), any(needed))
+        gradients, rows = run(job, Gradients(needed, tensors), any(needed))
         ctx.scalar = rows.ndim == 1
         # not save_for_backward: it would keep a second reference, and autograd copies what it cannot take over as .grad
         ctx.gradients = gradients.stored()
@@ -79,7 +98,7 @@ def _scaled(gradients: list[Tensor], scalars: list[Tensor]) -> Tensor:
     return total
 
 
-class _Gradients:
+class Gradients:
     """float32 accumulators for each needed input, one per sum; made when the first chunk tells how many sums there are."""
 
     def __init__(self, needed: tuple[bool, ...], tensors: list[Tensor | None]) -> None:
@@ -120,7 +139,8 @@ def _product(dz: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _run(job: _Job, gradients: _Gradients, differentiate: bool) -> tuple[_Gradients, Tensor]:
+def run(job: Job, gradients: Gradients, differentiate: bool) -> tuple[Gradients, Tensor]:
+    """The rows [N] or [N, J] of all chunks, and with ``differentiate`` the gradients of their sums added to ``gradients``."""
     hidden, head = job.student.hidden, _ready(job.student.head, job.student.hidden)
     teacher = None if job.teacher is None else job.teacher.with_heads(_ready)
     collected: list[Tensor] = []
@@ -142,12 +162,12 @@ def _run(job: _Job, gradients: _Gradients, differentiate: bool) -> tuple[_Gradie
 
 
 def _chunk_rows_and_gradient(
-    job: _Job, projected: Tensor, teacher: View | None, chunk: slice, differentiate: bool
+    job: Job, projected: Tensor, teacher: View | None, chunk: slice, differentiate: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The chunk's weighted rows [n] or [n, J] and d rows_j / d projected for each j; the last is written over ``projected``."""
     collected: Tensor | None = None
     dz: list[Tensor] = []
-    for block in _slices(len(projected), _block_rows(projected)):
+    for block in _slices(len(projected), len(projected) if job.by_chunk else _block_rows(projected)):
         rows = slice(chunk.start + block.start, chunk.start + block.stop)
         p = None if teacher is None else teacher[block]
         values, gradients = _block_rows_and_gradient(job, projected[block], p, rows, differentiate)
@@ -163,17 +183,14 @@ def _chunk_rows_and_gradient(
 
 
 def _block_rows_and_gradient(
-    job: _Job, projected: Tensor, p: View | None, rows: slice, differentiate: bool
+    job: Job, projected: Tensor, p: View | None, rows: slice, differentiate: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The same for one block, by autograd; a function of its own so that nothing of a block outlives it."""
-    positions = job.student.positions
+    drawn = job.student.positions.drawn
     with torch.enable_grad():
         raw = projected.detach().requires_grad_(differentiate)
-        drawn = None if positions.drawn is None else positions.drawn[rows]
-        q = DenseView(job.student.head.finish(raw), drawn=drawn)
-        values = job.objective.row(q, p, positions.labels[rows])
-        if positions.weight is not None:
-            values = values * positions.weight[rows].reshape(-1, *[1] * (values.ndim - 1))
+        q = DenseView(job.student.head.finish(raw), drawn=None if drawn is None else drawn[rows])
+        values = job.row(q, p, rows)
         sums = [values] if values.ndim == 1 else list(values.unbind(-1))
     if job.metrics:
         for name, found in row_metrics(q, p).items():

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from kdlib.types import RowObjective, StudentSignal, TeacherSignal, feeds
+from typing import Protocol
+
+from kdlib.types import StudentSignal, Support, TeacherSignal, feeds
+
+
+class Comparison(Protocol):
+    """What is asked of an objective here."""
+
+    @property
+    def accepts(self) -> Support | None: ...
+
+    @property
+    def same_vocabulary(self) -> bool: ...
 
 
 def matched(
-    student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective
+    student: StudentSignal, teacher: TeacherSignal | None, objective: Comparison
 ) -> tuple[StudentSignal, TeacherSignal | None]:
     """Both sides over the same rows and the same vocabulary, cut to the smaller where they are padded to different sizes.
+
+    Vocabularies stay as they are where the objective compares different ones.
 
     Raises ValueError when the teacher's support does not feed the objective or the row counts differ.
     """
@@ -20,7 +34,7 @@ def matched(
         raise ValueError(f"{type(objective).__name__} accepts {objective.accepts}, the teacher gives {teacher.support}")
     if len(teacher) != len(student.hidden):
         raise ValueError(f"the teacher speaks of {len(teacher)} rows, the student of {len(student.hidden)}")
-    if teacher.vocab_size is None or teacher.vocab_size == student.head.out_features:
+    if not objective.same_vocabulary or teacher.vocab_size is None or teacher.vocab_size == student.head.out_features:
         return student, teacher
     shared = min(teacher.vocab_size, student.head.out_features)
     sliced = StudentSignal(

@@ -24,6 +24,7 @@ from kdlib.objectives.kl import (
 )
 from kdlib.objectives.sampled import SampledReverseKL
 from kdlib.objectives.selective import SelectiveKL
+from kdlib.objectives.sinkhorn import Sinkhorn
 from kdlib.objectives.taid import TAID, Interpolated
 from kdlib.objectives.topk import DecoupledTopK, PlackettLuce
 from kdlib.objectives.total_variation import TotalVariation
@@ -52,6 +53,7 @@ __all__ = [
     "SampledReverseKL",
     "SelectiveKL",
     "SharpenedKL",
+    "Sinkhorn",
     "SkewKL",
     "SkewReverseKL",
     "StepHalving",

@@ -86,16 +86,18 @@ class RowObjective(Objective):
         student as it stands. Raises ValueError when the objective needs what is not given, or shapes differ.
         """
         self._check_inputs(teacher_logits, labels)
-        _check_shapes(student_logits, teacher_logits, labels, mask)
-        scored = _scored(student_logits, labels, mask)
-        shared = min(x.shape[-1] for x in (student_logits, teacher_logits) if x is not None)
-        q = DenseView(_wide(student_logits[..., :shared][scored]))
-        p = None if teacher_logits is None else DenseView(_wide(teacher_logits.detach()[..., :shared][scored]))
+        check_shapes(student_logits, teacher_logits, labels, mask)
+        scored = scored_rows(student_logits, labels, mask)
+        if self.same_vocabulary and teacher_logits is not None:
+            shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+            student_logits, teacher_logits = student_logits[..., :shared], teacher_logits[..., :shared]
+        q = DenseView(widened(student_logits[scored]))
+        p = None if teacher_logits is None else DenseView(widened(teacher_logits.detach()[scored]))
         ids = labels[scored] if labels is not None else torch.full((len(q.logits),), -100, device=q.logits.device)
         if labels is not None:
             q.drawn = q.at(1.0).logp.detach().gather(-1, ids[:, None])[:, 0]
         rows = self.row(q, p, ids)
-        return Loss(sum=rows.sum(0), count=len(rows), metrics=summed(row_metrics(q, p)))
+        return Loss(sum=rows.sum(0), count=len(rows), metrics=summed(row_metrics(q, p)) if self.same_vocabulary else {})
 
     def _check_inputs(self, teacher_logits: Tensor | None, labels: Tensor | None) -> None:
         if self.accepts is not None and teacher_logits is None:
@@ -104,6 +106,16 @@ class RowObjective(Objective):
             raise ValueError(f"{type(self).__name__} works on {self.accepts}, not on logits")
         if self.reads_labels and labels is None:
             raise ValueError(f"{type(self).__name__} needs labels")
+
+    @property
+    def same_vocabulary(self) -> bool:
+        """Whether an id is one token in both models, whose padding beyond the smaller vocabulary is then cut."""
+        return True
+
+    @property
+    def by_chunk(self) -> bool:
+        """Whether ``row`` wants many rows at a time, also on CPU, where elementwise work is faster on a few."""
+        return False
 
     @property
     def reads_drawn(self) -> bool:
@@ -116,21 +128,24 @@ class RowObjective(Objective):
         return False
 
 
-def _check_shapes(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask: Tensor | None) -> None:
+def check_shapes(student: Tensor, teacher: Tensor | None, labels: Tensor | None, mask: Tensor | None) -> None:
+    """ValueError where labels, mask or teacher are not of the student's positions."""
     others = {"teacher_logits": None if teacher is None else teacher[..., 0], "labels": labels, "mask": mask}
     for name, other in others.items():
         if other is not None and other.shape != student.shape[:-1]:
             raise ValueError(f"{name} covers positions {tuple(other.shape)}, student_logits {tuple(student.shape[:-1])}")
 
 
-def _scored(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+def scored_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Which positions of logits [..., V] are scored [...]: where ``mask`` is true and the label not -100."""
     scored = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     if mask is not None:
         scored = scored & mask.bool()
     return scored if labels is None else scored & (labels != -100)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
+    """16-bit logits in float32."""
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
@@ -156,3 +171,10 @@ class Divergence(RowObjective):
     def sampled(self, logp: Tensor, logq: Tensor) -> Tensor:
         """An unbiased estimate [n, K] from each drawn id; objectives that accept sampled supports write it."""
         raise ValueError(f"{type(self).__name__} has no unbiased estimate from sampled ids: use a top-k or a full signal")
+
+
+def check_divergence(objective: Objective, divergence: RowObjective) -> None:
+    """ValueError for a row objective that compares no two models, wants the student's own draws, or changes during a run."""
+    if divergence.accepts is None or divergence.reads_drawn or divergence.init_state():
+        name = f"{type(objective).__name__}.divergence"
+        raise ValueError(f"{name} cannot be {type(divergence).__name__}: choose one of two models, such as ForwardKL")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -33,9 +33,7 @@ class Sum(RowObjective):
 
     @property
     def accepts(self) -> Support | None:  # type: ignore[override]
-        accepted = [part.accepts for _, part in self.parts if part.accepts is not None]
-        wanted = [support | Support.FULL if Support.TOPK in support else support for support in accepted]
-        return reduce(lambda a, b: a & b, wanted) if wanted else None
+        return shared_support([part.accepts for _, part in self.parts if part.accepts is not None])
 
     @property
     def reads_drawn(self) -> bool:
@@ -66,3 +64,9 @@ class Sum(RowObjective):
 def _own(state: Mapping[str, float], part: int) -> State:
     prefix = f"{part}."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def shared_support(accepted: Sequence[Support]) -> Support | None:
+    """What feeds all of these; None when there is none of them."""
+    wanted = [support | Support.FULL if Support.TOPK in support else support for support in accepted]
+    return reduce(lambda a, b: a & b, wanted) if wanted else None

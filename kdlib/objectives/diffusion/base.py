@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kdlib.diffusion.noise import Noise
-from kdlib.objectives.base import Objective, RowObjective
+from kdlib.objectives.base import Objective
 from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 
@@ -92,10 +92,3 @@ class DiffusionObjective(Objective):
     def __call__(self, student: StudentSignal, teacher: TeacherSignal | None) -> Loss:
         """ValueError: a loss of masked views cannot be taken of one signal."""
         raise ValueError(f"{type(self).__name__} is a loss of masked views of a text: train with kdlib diffusion")
-
-
-def check_divergence(objective: DiffusionObjective, divergence: RowObjective) -> None:
-    """ValueError for a row objective that compares no two models, wants the student's own draws, or changes during a run."""
-    if divergence.accepts is None or divergence.reads_drawn or divergence.init_state():
-        name = f"{type(objective).__name__}.divergence"
-        raise ValueError(f"{name} cannot be {type(divergence).__name__}: choose one of two models, such as ForwardKL")

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
-from kdlib.objectives.base import RowObjective
+from kdlib.objectives.base import RowObjective, check_divergence
 from kdlib.objectives.cross_entropy import CrossEntropy
-from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, check_divergence
+from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View
 from kdlib.objectives.kl import ForwardKL
 from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
 

@@ -11,8 +11,8 @@ import torch
 
 from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
-from kdlib.objectives.base import RowObjective, State
-from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View, check_divergence
+from kdlib.objectives.base import RowObjective, State, check_divergence
+from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View
 from kdlib.objectives.kl import ReverseKL
 from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
 
