@@ -21,9 +21,11 @@ class DistillRun(Run):
     command, description = "distill", DESCRIPTION
 
     def make_trainer(self, **given: Any) -> DistillationTrainer:
-        from kdlib.trainers import DistillationTrainer
+        from kdlib.objectives import Sinkhorn
+        from kdlib.trainers import DistillationTrainer, SinkhornTrainer
 
-        return DistillationTrainer(self.arguments.model, self.arguments.teacher, **given)
+        trainer = SinkhornTrainer if isinstance(self.arguments.objective, Sinkhorn) else DistillationTrainer
+        return trainer(self.arguments.model, self.arguments.teacher, **given)
 
 
 def run(words: list[str], *, quiet: bool = False) -> int:

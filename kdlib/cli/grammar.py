@@ -83,7 +83,7 @@ def _expanded_fields(path: str, given: dict[str, Any]) -> dict[str, Any]:
 def _expanded_field(key: str, value: Any) -> Any:
     if key == "parts":
         return expand_parts(value)
-    return expand(value) if key in OBJECTIVE_FIELDS else value
+    return expand(value) if key in OBJECTIVE_FIELDS and value is not None else value
 
 
 def expand_parts(parts: Any) -> list[list[Any]]:

@@ -133,7 +133,8 @@ def _as_json(name: str, value: str, *, hints: dict[str, Any]) -> str:
     if name == "config":
         return json.dumps(_checked(read_yaml(value), hints, source=value))
     if name in CLASS_KEYS or name.rpartition(".")[2] in OBJECTIVE_FIELDS:
-        return json.dumps(expand(read_value(value, source=f"--{name}")))
+        given = read_value(value, source=f"--{name}")
+        return json.dumps(expand(given) if given is not None or name in CLASS_KEYS else None)
     if name.endswith(".parts"):
         return json.dumps(expand_parts(read_value(value, source=f"--{name}")))
     return value

@@ -8,5 +8,12 @@ from kdlib.tokenizers.identity import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from kdlib.tokenizers.surface import surface_vectors
 
-__all__ = ["explain_difference", "same_tokenizer", "template_fingerprint", "tokenizer_fingerprint"]
+__all__ = [
+    "explain_difference",
+    "same_tokenizer",
+    "surface_vectors",
+    "template_fingerprint",
+    "tokenizer_fingerprint",
+]

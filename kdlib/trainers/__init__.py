@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdlib.trainers.eagle_config import EagleConfig
     from kdlib.trainers.jacobi import JacobiTrainer
     from kdlib.trainers.jacobi_config import JacobiConfig
+    from kdlib.trainers.sinkhorn import SinkhornTrainer
 
 _HOME = {
     "DiffusionConfig": "diffusion_config",
@@ -31,6 +32,7 @@ _HOME = {
     "EagleTrainer": "eagle",
     "JacobiConfig": "jacobi_config",
     "JacobiTrainer": "jacobi",
+    "SinkhornTrainer": "sinkhorn",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "EagleTrainer",
     "JacobiConfig",
     "JacobiTrainer",
+    "SinkhornTrainer",
 ]
 
 

@@ -58,6 +58,7 @@ class DistillationTrainer(SummedEvaluation):
 
     selects_rows = False  # whether ``prepare`` chooses rows for SelectiveKL
     masks_rows = False  # whether ``prepare`` masks rows for a DiffusionObjective
+    transports_rows = False  # whether the loss is Sinkhorn's beside that of its divergence
     loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
 
     def __init__(
@@ -80,7 +81,10 @@ class DistillationTrainer(SummedEvaluation):
         set_seed(args.seed)
         tokenizer = processing_class or setup.student_tokenizer(model, args)
         self.objective = setup.checked_objective(
-            objective or ForwardKL(), selects_rows=self.selects_rows, masks_rows=self.masks_rows
+            objective or ForwardKL(),
+            selects_rows=self.selects_rows,
+            masks_rows=self.masks_rows,
+            transports_rows=self.transports_rows,
         )
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import check_causal, load_config, load_model, load_tokenizer
-from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, SkewReverseKL, Sum
+from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, Sinkhorn, SkewReverseKL, Sum
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
@@ -139,18 +139,29 @@ def check_reading(student: nn.Module, teacher: Teacher | None, *, masks_rows: bo
             check_causal(member.model, role="teacher")
 
 
-def checked_objective(objective: Objective, *, selects_rows: bool, masks_rows: bool) -> Objective:
+def checked_objective(
+    objective: Objective, *, selects_rows: bool, masks_rows: bool, transports_rows: bool = False
+) -> Objective:
     """The objective; ValueError for what is none, and for one of another trainer, where nothing would select or mask rows."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be a kdlib.objectives.Objective, not {type(objective).__name__}")
-    parts = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
-    if any(isinstance(part, SelectiveKL) for part in parts):
-        raise ValueError("SelectiveKL keeps some rows and drops the others for all: it cannot be part of a Sum")
+    if any(isinstance(part, SelectiveKL) for part in _parts(objective) if part is not objective):
+        raise ValueError("SelectiveKL keeps some rows and drops the others for all: it cannot be part of another objective")
     if isinstance(objective, SelectiveKL) and not selects_rows:
         raise ValueError("SelectiveKL chooses rows with a reference model: train with kdlib draft (DraftTrainer)")
     if isinstance(objective, DiffusionObjective) and not masks_rows:
         raise ValueError(f"{type(objective).__name__} is a loss of masked views: train with kdlib diffusion (DiffusionTrainer)")
+    if isinstance(objective, Sinkhorn) and not transports_rows:
+        raise ValueError("Sinkhorn is a loss of groups of rows: train with kdlib distill (SinkhornTrainer)")
     return objective
+
+
+def _parts(objective: Objective) -> list[Objective]:
+    """The objective, and those that it is made of."""
+    inside: list[Objective] = [part for _, part in objective.parts] if isinstance(objective, Sum) else []
+    if isinstance(objective, Sinkhorn) and objective.divergence is not None:
+        inside = [objective.divergence]
+    return [objective, *(found for part in inside for found in _parts(part))]
 
 
 def check_pair(teacher: Teacher | None, objective: Objective) -> None:
@@ -167,30 +178,32 @@ def check_pair(teacher: Teacher | None, objective: Objective) -> None:
     for member in leaves(teacher):
         if isinstance(member, CachedTeacher | VLLMTeacher) and Support.FULL not in member.provides:
             _check_temperature(member, objective)
-    if Support.FULL not in teacher.provides and isinstance(objective, ReverseKL | SkewReverseKL):
+    reverse = [part for part in _parts(objective) if isinstance(part, ReverseKL | SkewReverseKL)]
+    if Support.FULL not in teacher.provides and reverse:
         logger.warning(
             "%s on the teacher's top k alone: what the student does outside of it is seen as one outcome, which pulls mass "
             "there; signal hidden (a pooling server) is exact, ForwardKL is safer",
-            type(objective).__name__,
+            type(reverse[0]).__name__,
         )
 
 
 def _check_temperature(teacher: CachedTeacher | VLLMTeacher, objective: Objective) -> None:
     """Truncated log-probs exist at the temperature at which they were taken."""
-    for temperature in _temperatures(objective) - {teacher.temperature}:
+    for name, temperature in _temperatures(objective):
+        if temperature == teacher.temperature:
+            continue
         again = f"run kdlib cache again with --temperature {temperature}"
         raise ValueError(
-            f"{type(objective).__name__} has temperature {temperature}, the teacher's log-probs are at {teacher.temperature}: "
+            f"{name} has temperature {temperature}, the teacher's log-probs are at {teacher.temperature}: "
             f"set objective.temperature to {teacher.temperature}, or "
             + (again if isinstance(teacher, CachedTeacher) else "use signal hidden (a pooling server)")
         )
 
 
-def _temperatures(objective: Objective) -> set[float]:
-    """The temperatures at which the parts of an objective ask the teacher."""
-    if isinstance(objective, Sum):
-        return {found for _, part in objective.parts for found in _temperatures(part)}
-    return {objective.temperature} if isinstance(objective, RowObjective) and objective.accepts is not None else set()
+def _temperatures(objective: Objective) -> list[tuple[str, float]]:
+    """(name, temperature) of the parts of an objective that ask the teacher."""
+    asking = [part for part in _parts(objective) if part.accepts is not None and not isinstance(part, Sum)]
+    return [(type(part).__name__, part.temperature) for part in asking if isinstance(part, RowObjective | Sinkhorn)]
 
 
 def match_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> int:
