@@ -18,27 +18,28 @@ from kdlib.types import DenseView, StudentSignal, View
 RowValues = Callable[[DenseView, slice], Tensor]
 
 
-def linear_rows(student: StudentSignal, row: RowValues) -> Tensor:
+def linear_rows(student: StudentSignal, row: RowValues, *, again: RowValues | None = None) -> Tensor:
     """``row(q, rows)`` of all N rows, [N] or [N, J], with gradients to hidden states and head for any upstream gradient.
 
     ``q`` is the student at the rows that the slice ``rows`` of 0..N-1 names, a chunk at a time. ``linear_objective`` is
-    cheaper where the rows are summed. ``row`` runs again in backward and must give the same values; weights of the positions
-    are not applied. Differentiable once. N must be above 0.
+    cheaper where the rows are summed. ``row`` runs again in backward and must have the same gradient there; ``again`` takes its
+    place where the gradient is cheaper without the values. Weights of the positions are not applied. Differentiable once. N
+    must be above 0.
     """
     assert len(student.hidden), "no row, so that the number of values of a row is not known"
     head = student.head
     lora_a, lora_b, _ = head.lora or (None, None, 0.0)
     with torch.autocast(student.hidden.device.type, enabled=False):  # which would round logits to 16 bits
-        return _TwoPass.apply(student.hidden, head.weight, head.bias, lora_a, lora_b, student, row)
+        return _TwoPass.apply(student.hidden, head.weight, head.bias, lora_a, lora_b, student, row, again or row)
 
 
 class _TwoPass(torch.autograd.Function):
-    """Inputs (hidden, weight, bias, A, B, student, row) -> rows."""
+    """Inputs (hidden, weight, bias, A, B, student, row, again) -> rows."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *_, student, row = inputs
-        ctx.student, ctx.row = student, row
+        *_, student, row, again = inputs
+        ctx.student, ctx.row = student, again
         _, values = run(_job(student, row), Gradients((False,) * 5, [None] * 5), False)
         return values
 
@@ -61,7 +62,7 @@ class _TwoPass(torch.autograd.Function):
                 _job(student, pulled), Gradients(needed, [student.hidden, head.weight, head.bias, lora_a, lora_b]), True
             )
         stored = gradients.stored()
-        return (*(stored.pop(0)[0] if need else None for need in needed), None, None)
+        return (*(stored.pop(0)[0] if need else None for need in needed), None, None, None)
 
 
 def _job(student: StudentSignal, row: RowValues) -> Job:

@@ -8,6 +8,7 @@ from kdlib.tokenizers.identity import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from kdlib.tokenizers.pieces import token_bytes
 from kdlib.tokenizers.surface import surface_vectors
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "same_tokenizer",
     "surface_vectors",
     "template_fingerprint",
+    "token_bytes",
     "tokenizer_fingerprint",
 ]

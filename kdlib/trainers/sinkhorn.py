@@ -21,8 +21,8 @@ class SinkhornTrainer(DistillationTrainer):
     """A DistillationTrainer whose loss is mean(divergence) + weight * Sinkhorn, both over the same scored rows.
 
     objective: Sinkhorn, whose ``divergence`` (ForwardKL by default) compares row with row. Of a group with more than
-    ``max_rows`` rows those that take part follow from seed, step and sample alone. With ``group="batch"`` groups are the rows of
-    a process's micro-batch, so that the transport, and it alone, depends on how a step is cut into micro-batches.
+    ``max_rows`` rows those that take part follow from seed, step and sample alone. With ``group="batch"`` a group is the rows
+    of a process's micro-batch, so that the transport, and it alone, depends on how a step is cut into micro-batches.
 
     The log adds ``sinkhorn``, the mean transport without its weight, and ``divergence``; of the batch-wise transport
     ``sinkhorn_marginal_error`` too (0 once the iterations have converged).

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,8 @@ def token_points(
 ) -> TokenPoints | None:
     """What ``Sinkhorn.token_points`` names, [V, F] on the device; None for the student's, which change in training.
 
-    Raises ValueError where it names nothing, the teacher has no embeddings here, or they are of another vocabulary.
+    Raises ValueError where it names nothing, the teacher has no embeddings here, a file holds no vectors, or they are of
+    another vocabulary; FileNotFoundError for a file that does not exist.
     """
     if source == "student":
         return None
@@ -55,7 +56,10 @@ def _of_teacher(teacher: Teacher | None) -> Tensor:
             "token_points teacher reads the embeddings of a single teacher in this process: "
             "set objective.token_points to student, surface or a .safetensors file"
         )
-    return members[0].model.get_input_embeddings().weight.detach()  # type: ignore[operator, union-attr]
+    weight: Tensor = members[0].model.get_input_embeddings().weight  # type: ignore[operator]
+    if weight.is_meta:
+        raise ValueError("token_points teacher: its embeddings are offloaded; use surface, student or a .safetensors file")
+    return weight.detach()
 
 
 def _of_file(source: str) -> Tensor:
@@ -63,7 +67,13 @@ def _of_file(source: str) -> Tensor:
         raise ValueError(f"token_points is teacher, student, surface or a .safetensors file, not {source!r}")
     if not Path(source).is_file():
         raise FileNotFoundError(f"no file {source} (token_points)")
-    tensors: dict[str, Any] = load_file(source)
+    try:
+        tensors: dict[str, Tensor] = load_file(source)
+    except SafetensorError as error:
+        raise ValueError(f"token_points {source} cannot be read as safetensors: {error}") from error
     if len(tensors) != 1:
         raise ValueError(f"{source} holds {len(tensors)} tensors ({', '.join(sorted(tensors))}): token_points needs one [V, F]")
-    return next(iter(tensors.values()))
+    found = next(iter(tensors.values()))
+    if not found.is_floating_point() or not found.float().isfinite().all():
+        raise ValueError(f"token_points {source} must hold finite floating-point numbers")
+    return found

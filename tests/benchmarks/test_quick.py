@@ -88,6 +88,13 @@ def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
 
 
 @needs_shared
+def test_sinkhorn_gsm8k_compares_students_from_two_starts(tmp_path: Path) -> None:
+    written = quick_page("sinkhorn_gsm8k", tmp_path).read_text()
+    assert "| KL + Sinkhorn, batch-wise |" in written and "| KL + Sinkhorn, sample-wise |" in written
+    assert "| before |" in written and "| forward KL |" in written
+
+
+@needs_shared
 def test_jacobi_compares_before_and_after(tmp_path: Path) -> None:
     report = quick_page("jacobi", tmp_path)
     lines = dict(re.findall(r"^\| (before training|Jacobi Forcing) \|(.*)\|$", report.read_text(), flags=re.MULTILINE))

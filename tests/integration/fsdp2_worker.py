@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from kdlib.data.positions import causal_positions
 from kdlib.head import Head
-from kdlib.kernels import linear_objective
 from kdlib.models import hidden_states
-from kdlib.objectives import ForwardKL
+from kdlib.objectives import ForwardKL, Objective, Sinkhorn
 from kdlib.trainers.redirect import inside_forward
 from kdlib.types import StudentSignal, TeacherSignal
 from tests.tiny import tiny_llama
@@ -21,15 +20,20 @@ from tests.tiny import tiny_llama
 VOCAB = 64
 
 
-def loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
+# one whose gradients are made in the forward pass, and one that reads the head again in backward
+OBJECTIVES = (ForwardKL(), Sinkhorn(group="sequence"))
+
+
+def loss_sum(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], teacher: torch.Tensor, objective: Objective
+) -> torch.Tensor:
     positions = causal_positions(batch)
     hidden, _ = hidden_states(model, batch)
     student = StudentSignal(hidden=hidden.flatten(0, 1)[positions.index], head=Head.of(model), positions=positions)
-    return linear_objective(student, TeacherSignal(logits=teacher), ForwardKL()).sum
+    return objective(student, TeacherSignal(logits=teacher)).sum
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def check(objective: Objective) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (2 * world, 9), generator=generator)
@@ -41,18 +45,18 @@ def main() -> None:
         fully_shard(layer)
     fully_shard(sharded)
 
-    loss_sum(plain, batch, teacher).backward()
+    loss_sum(plain, batch, teacher, objective).backward()
     mine = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()} | {
         "sequence": torch.arange(2)[:, None].expand(-1, 9)
     }
     rows = teacher[16 * rank : 16 * rank + 16]
-    total = inside_forward(sharded, sharded, lambda b: {"sum": loss_sum(sharded, b, rows)}, mine)["sum"]
+    total = inside_forward(sharded, sharded, lambda b: {"sum": loss_sum(sharded, b, rows, objective)}, mine)["sum"]
     (total * world).backward()  # FSDP averages over ranks
 
     for (name, expected), parameter in zip(plain.named_parameters(), sharded.parameters(), strict=True):
         assert isinstance(parameter.grad, DTensor), name
         torch.testing.assert_close(
-            parameter.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            parameter.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{objective} {n}: {m}"
         )
     try:
         Head.of(sharded)
@@ -60,6 +64,12 @@ def main() -> None:
         assert "sharded" in str(refusal)
     else:
         raise AssertionError("a sharded head was read outside the forward")
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for objective in OBJECTIVES:
+        check(objective)
     dist.destroy_process_group()
 
 

@@ -41,8 +41,8 @@ def _default(field: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
+    if text in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[text]
     if text.startswith("["):
         return tuple(float(part) for part in text[1:-1].split(","))
     return float(text) if text[0].isdigit() else text

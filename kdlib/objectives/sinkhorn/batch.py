@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from kdlib.kernels import linear_rows
 from kdlib.kernels.outcomes import top_k
 from kdlib.kernels.sinkhorn import Transported
+from kdlib.kernels.two_pass import RowValues
 from kdlib.objectives.sinkhorn.costs import Outcomes, costs
 from kdlib.objectives.sinkhorn.groups import Groups
 from kdlib.types import DenseView, StudentSignal, TeacherSignal, View
@@ -27,8 +29,11 @@ CHUNK = 256  # rows of logits that become probabilities at a time
 class StudentRows(Protocol):
     """The student at the rows that take part."""
 
-    def values(self, row: Callable[[DenseView, slice], Tensor]) -> Tensor:
-        """``row`` of all rows, with gradient."""
+    @property
+    def device(self) -> torch.device: ...
+
+    def values(self, row: RowValues, *, again: RowValues) -> Tensor:
+        """``row`` of all rows, with the gradient of ``again``."""
         ...
 
     def view(self, rows: slice) -> DenseView:
@@ -42,8 +47,12 @@ class OfHead:
 
     student: StudentSignal
 
-    def values(self, row: Callable[[DenseView, slice], Tensor]) -> Tensor:
-        return linear_rows(self.student, row)
+    @property
+    def device(self) -> torch.device:
+        return self.student.hidden.device
+
+    def values(self, row: RowValues, *, again: RowValues) -> Tensor:
+        return linear_rows(self.student, row, again=again)
 
     @torch.no_grad()
     def view(self, rows: slice) -> DenseView:
@@ -56,7 +65,11 @@ class OfLogits:
 
     logits: Tensor
 
-    def values(self, row: Callable[[DenseView, slice], Tensor]) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    def values(self, row: RowValues, *, again: RowValues) -> Tensor:
         return row(DenseView(self.logits), slice(0, len(self.logits)))
 
     def view(self, rows: slice) -> DenseView:
@@ -79,23 +92,23 @@ class BatchTransport:
                 "make groups larger (group batch, more rows in a batch)",
                 stacklevel=2,
             )
-        found = self.student.values(self._costs)
+        found = self.student.values(self._costs, again=partial(self._costs, valued=False))
         return [self._transport(group, found[rows]) for group, rows in enumerate(self.where)]
 
-    def _costs(self, q: DenseView, rows: slice) -> Tensor:
+    def _costs(self, q: DenseView, rows: slice, *, valued: bool = True) -> Tensor:
         """[n, J]: costs to the group's teacher rows, debiased then to its student rows; zeros up to the largest group's J."""
         x = q.at(self.options.temperature).logp.exp()
         width = max(self.groups.sizes) * (2 if self.options.debiased else 1)
         found = [
-            self._group_costs(group, x[part.start - rows.start : part.stop - rows.start])
+            self._group_costs(group, x[part.start - rows.start : part.stop - rows.start], valued=valued)
             for group, part in self.groups.parts(rows)
         ]
         return torch.cat([torch.nn.functional.pad(C, (0, width - C.shape[1])) for C in found])
 
-    def _group_costs(self, group: int, x: Tensor) -> Tensor:
+    def _group_costs(self, group: int, x: Tensor, *, valued: bool) -> Tensor:
         teacher, own = self._points_of(group)
-        found = costs(x, teacher, self.options.cost)
-        return found if own is None else torch.cat([found, costs(x, own, self.options.cost)], 1)
+        found = [costs(x, points, self.options.cost, valued=valued) for points in (teacher, own) if points is not None]
+        return found[0] if own is None else torch.cat(found, 1)
 
     @torch.no_grad()
     def _points_of(self, group: int) -> tuple[Tensor | Outcomes, Tensor | None]:
@@ -136,7 +149,8 @@ class BatchTransport:
         if not self.options.debiased:
             return mixed
         # student rows stand on both sides of their own costs, which are symmetric: the gradient to one side counts twice
-        own = found[:, n : 2 * n]
+        # (a row is at no distance from itself: rounding between its two projections would give L1 a slope of either sign there)
+        own = found[:, n : 2 * n].masked_fill(torch.eye(n, dtype=torch.bool, device=found.device), 0.0)
         student = self._solved(2.0 * own - own.detach())
         with torch.no_grad():
             y = self._points_of(group)[0]

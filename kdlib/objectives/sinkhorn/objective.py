@@ -132,8 +132,7 @@ class Sinkhorn(Objective):
             return Loss(sum=student.hidden.sum().float(), count=0)
         if groups.keep is not None:
             student, teacher = replace(student, hidden=student.hidden[groups.keep]), teacher.kept(groups.keep)
-        with torch.autocast(student.hidden.device.type, enabled=False):  # which would round probabilities to 16 bits
-            return self._transported(groups, OfHead(student), teacher)
+        return self._transported(groups, OfHead(student), teacher)
 
     def on_logits(
         self,
@@ -175,7 +174,8 @@ class Sinkhorn(Objective):
             )
 
     def _transported(self, groups: Groups, student: StudentRows, teacher: TeacherSignal) -> Loss:
-        found = BatchTransport(self, groups, student=student, teacher=teacher)()
+        with torch.autocast(student.device.type, enabled=False):  # which would round probabilities to 16 bits
+            found = BatchTransport(self, groups, student=student, teacher=teacher)()
         values = torch.stack([one.value for one in found])
         counts = values.new_tensor(groups.counts)
         total = (counts * values * (counts if self.normalize == "sinkd" else 1.0)).sum()

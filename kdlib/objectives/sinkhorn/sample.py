@@ -119,7 +119,8 @@ def _restricted(found: LogProbs, ids: Tensor, counted: Tensor) -> Tensor:
 def _distances(x: Tensor, a: Tensor, y: Tensor, b: Tensor, *, cost: TokenCost) -> Tensor:
     """C [n, u, w] between tokens a [n, u] and b [n, w] by their rows of x [V, F] and y [V', F]; a few rows at a time."""
     rows = max(1, GATHERED // ((a.shape[1] + b.shape[1]) * x.shape[1]))
-    return torch.cat([_between(x[i], y[j], cost) for i, j in zip(a.split(rows), b.split(rows), strict=True)])
+    with torch.autocast(x.device.type, enabled=False):  # which would round distances to 16 bits
+        return torch.cat([_between(x[i], y[j], cost) for i, j in zip(a.split(rows), b.split(rows), strict=True)])
 
 
 def _between(u: Tensor, v: Tensor, cost: TokenCost) -> Tensor:

@@ -1,0 +1,676 @@
+"""SinkhornTrainer's steps against a loop over groups of whole rows in float64; what may not matter; what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdlib.data import DistillationCollator
+from kdlib.objectives import TAID, CrossEntropy, ForwardKL, ReverseKL, SampledReverseKL, SelectiveKL, Sinkhorn, Sum
+from kdlib.teachers import EnsembleTeacher, HFTeacher
+from kdlib.teachers.write_cache import write_cache
+from kdlib.tokenizers import surface_vectors
+from kdlib.trainers import DistillationTrainer, DraftTrainer, SinkhornTrainer
+from kdlib.types import Loss
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.trainers.sinkhorn_plain import Row, draws_of, plain_transport, tempered
+from tests.trainers.small import (
+    Gradients,
+    PlainLoss,
+    V,
+    assert_same,
+    cross_entropy,
+    double,
+    forward_kl,
+    logged,
+    lora,
+    plain_gradients,
+    plain_loss,
+    reverse_kl,
+    settings,
+    trainer_of,
+    weights_of,
+)
+from tests.trainers.test_on_policy import GREEDY, PAIRS, PROMPTS, rolled_out
+
+ROWS = [{"text": f"{'two plus ' * (1 + 5 * i % 7)}{i}"} for i in range(12)]
+EIGHT, THREE = ROWS[:8], ROWS[:3]
+# Far from converged, so that every iteration shows in the loss.
+SHORT: dict[str, Any] = {"iterations": 3, "epsilon": 0.03, "temperature": 0.5}
+BY_BATCH, BY_SEQUENCE = Sinkhorn(**SHORT), Sinkhorn(group="sequence", **SHORT)
+SAMPLE = Sinkhorn(geometry="sample", top_k=6, iterations=5, weight=0.5)
+SINKD = Sum(parts=((0.9, ForwardKL(temperature=4.0, t_squared=True)), (0.1, CrossEntropy())))
+
+
+def sinkhorn_trainer(
+    directory: Path, objective: Sinkhorn, *, rows: Any = EIGHT, config: dict[str, Any] | None = None, **given: Any
+) -> SinkhornTrainer:
+    arguments = {
+        "model": double(),
+        "teacher": double(1),
+        "train_dataset": rows,
+        "processing_class": tiny_tokenizer(),
+        **given,
+    }
+    options = {"per_device_train_batch_size": 8, "max_grad_norm": 1e9, **(config or {})}
+    return SinkhornTrainer(**arguments, objective=objective, args=settings(directory, **options))
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """The scored rows of every pass: {sample: the numbers that its rows drew} of each micro-batch."""
+
+    draws: list[dict[int, list[float]]]
+
+    @property
+    def samples(self) -> list[list[int]]:
+        """Those of each micro-batch."""
+        return [list(batch) for batch in self.draws]
+
+
+def watched(trainer: SinkhornTrainer) -> Seen:
+    """What ``terms`` is called with from now on."""
+    seen, original = Seen(draws=[]), trainer.terms
+
+    def terms(model: nn.Module, batch: dict[str, Any], signals: Any) -> dict[str, Loss]:
+        positions = batch["positions"]["distill"]
+        drawn = [torch.nan] * len(positions) if positions.uniform is None else positions.uniform.tolist()
+        of_sample: dict[int, list[float]] = {sample: [] for sample in batch["sample_id"].tolist()}
+        for sequence, number in zip(positions.sequence.tolist(), drawn, strict=True):
+            of_sample[int(batch["sample_id"][sequence])].append(number)
+        seen.draws.append(of_sample)
+        return original(model, batch, signals)
+
+    trainer.terms = terms  # type: ignore[method-assign]
+    return seen
+
+
+def one_step(directory: Path, objective: Sinkhorn, **given: Any) -> tuple[SinkhornTrainer, dict[str, Tensor], list[list[Row]]]:
+    """(the trainer after a step, its gradients, the rows of each micro-batch)."""
+    gradients = Gradients()
+    trainer = sinkhorn_trainer(directory, objective, callbacks=[gradients], **given)
+    seen = watched(trainer)
+    trainer.train()
+    rows = {row["sample_id"]: row for row in trainer.train_dataset if not isinstance(row["sample_id"], list)}
+    return trainer, gradients.steps[0], [[rows[sample] for sample in batch if sample in rows] for batch in seen.samples]
+
+
+def singles(batches: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    return [[row] for batch in batches for row in batch]
+
+
+def assert_step(
+    trainer: SinkhornTrainer,
+    found: dict[str, Tensor],
+    groups: list[list[Row]],
+    *,
+    plain: PlainLoss | None,
+    student: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    tolerance: float = 1e-6,
+    **how: Any,
+) -> None:
+    """Loss, logged parts and gradients are mean(divergence) + weight * transport."""
+    student, teacher, options = student or double(), teacher or double(1), trainer.objective
+    moved = plain_transport(student, teacher, groups, options, **how)
+    expected = options.weight * moved.value
+    if plain is not None:
+        divergence = plain_loss(student, teacher, [row for group in groups for row in group], plain)
+        assert logged(trainer, "divergence") == [pytest.approx(divergence.item(), rel=1e-6)]
+        expected = expected + divergence
+    assert logged(trainer, "sinkhorn") == [pytest.approx(moved.value.item(), rel=1e-6)]
+    errors = [pytest.approx(moved.error, rel=1e-4, abs=1e-9)] if options.geometry == "batch" else []
+    assert logged(trainer, "sinkhorn_marginal_error") == errors
+    assert logged(trainer) == [pytest.approx(expected.item(), rel=1e-6)]
+    assert_same(found, plain_gradients(student, expected), tolerance=tolerance)
+
+
+# A step
+
+
+@pytest.mark.parametrize("group", ["batch", "sequence"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cost": "sqeuclidean", "epsilon": 0.01, "weight": 2.0},
+        {"top_k": 5},
+        {"top_k": 5, "cost": "sqeuclidean", "epsilon": 0.01},
+        {"loss": "dual"},
+        {"debiased": True},
+        {"debiased": True, "loss": "dual", "cost": "sqeuclidean", "epsilon": 0.01},
+        {"normalize": "sinkd", "weight": 0.0008},
+        {"max_rows": 7},
+        {"max_rows": 7, "debiased": True},
+        {"max_rows": 7, "top_k": 5},
+    ],
+    ids=str,
+)
+def test_a_step_moves_the_rows_of_each_group(tmp_path: Path, options: dict[str, Any], group: Any) -> None:
+    objective = Sinkhorn(group=group, **{**SHORT, **options})
+    trainer, found, batches = one_step(tmp_path, objective)
+    assert logged(trainer, "sinkhorn_marginal_error")[0] > 1e-4
+    groups = batches if group == "batch" else singles(batches)
+    assert len(groups) == (1 if group == "batch" else 8)
+    draws = draws_of(seed=trainer.args.seed, step=1) if "max_rows" in options else None
+    assert_step(trainer, found, groups, plain=forward_kl, draws=draws)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "plain"),
+    [
+        (ReverseKL(), reverse_kl),
+        (ForwardKL(temperature=2.0), tempered(forward_kl, 2.0)),
+        (
+            SINKD,
+            lambda p, q, labels: 0.9 * 16 * tempered(forward_kl, 4.0)(p, q, labels) + 0.1 * cross_entropy(p, q, labels),
+        ),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+@pytest.mark.parametrize("objective", [BY_BATCH, SAMPLE], ids=["batch", "sample"])
+def test_the_divergence_is_any_loss_of_rows(tmp_path: Path, objective: Sinkhorn, divergence: Any, plain: Any) -> None:
+    """With SINKD as divergence it is SinKD's three losses."""
+    trainer, found, batches = one_step(tmp_path, replace(objective, divergence=divergence), rows=THREE)
+    points = None if objective.geometry == "batch" else double(1).get_input_embeddings().weight
+    assert_step(trainer, found, batches, plain=plain, points=points)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"divergence": None},
+        {"token_cost": "l1", "temperature": 1.0},
+        {"token_cost": "sqeuclidean", "top_k": None},
+        {"loss": "dual"},
+        {"debiased": True},
+        {"debiased": True, "loss": "dual", "divergence": None},
+    ],
+    ids=str,
+)
+def test_a_step_moves_the_tokens_of_each_row(tmp_path: Path, options: dict[str, Any]) -> None:
+    objective = replace(SAMPLE, **options)
+    trainer, found, batches = one_step(tmp_path, objective, rows=THREE)
+    plain = None if objective.divergence is None else forward_kl
+    assert_step(trainer, found, batches, plain=plain, points=double(1).get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("objective", [BY_SEQUENCE, SAMPLE], ids=["batch", "sample"])
+def test_an_adapter_gets_the_gradient_of_autograd(tmp_path: Path, objective: Sinkhorn) -> None:
+    gradients = Gradients()
+    trainer = sinkhorn_trainer(tmp_path, objective, rows=THREE, callbacks=[gradients], peft_config=lora())
+    student = copy.deepcopy(trainer.model)
+    trainer.train()
+    found, groups = gradients.steps[0], [[row] for row in trainer.train_dataset]
+    assert found and all("lora_" in name for name in found)
+    assert_step(
+        trainer, found, groups, plain=forward_kl, student=student, points=double(1).get_input_embeddings().weight.detach()
+    )
+
+
+def test_token_points_are_the_students_of_each_step(tmp_path: Path) -> None:
+    """As they are after the step before, and without a gradient of their own."""
+    objective = replace(SAMPLE, token_points="student")
+    trainer, found, batches = one_step(tmp_path, objective, rows=THREE)
+    assert_step(trainer, found, batches, plain=forward_kl, points=double().get_input_embeddings().weight.detach())
+
+    second = sinkhorn_trainer(
+        tmp_path,
+        objective,
+        rows=THREE,
+        config={"max_steps": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant"},
+    )
+    steps: list[nn.Module] = []
+    second.terms = _copying(second, steps)  # type: ignore[method-assign]
+    second.train()
+    at_second, groups = steps[1], [list(second.train_dataset)]
+    points = at_second.get_input_embeddings().weight.detach().clone()  # type: ignore[operator]
+    moved = plain_transport(at_second, double(1), groups, objective, points=points)
+    assert logged(second, "sinkhorn")[1] == pytest.approx(moved.value.item(), rel=1e-6)
+    before = plain_transport(at_second, double(1), groups, objective, points=double().get_input_embeddings().weight)
+    assert abs(moved.value.item() - before.value.item()) > 1e-5
+
+
+def _copying(trainer: SinkhornTrainer, steps: list[nn.Module]) -> Any:
+    original = trainer.terms
+
+    def terms(model: nn.Module, batch: dict[str, Any], signals: Any) -> dict[str, Loss]:
+        steps.append(copy.deepcopy(model))
+        return original(model, batch, signals)
+
+    return terms
+
+
+def test_token_points_of_a_file(tmp_path: Path) -> None:
+    """Of another width than either model's, and longer than the vocabulary as embeddings are that were padded."""
+    points = torch.randn(V + 8, 5, generator=torch.Generator().manual_seed(3))
+    save_file({"points": points}, tmp_path / "points.safetensors")
+    objective = replace(SAMPLE, token_points=str(tmp_path / "points.safetensors"))
+    trainer, found, batches = one_step(tmp_path / "run", objective, rows=THREE)
+    # distances of float32 vectors are float32
+    assert_step(trainer, found, batches, plain=forward_kl, points=points[:V], tolerance=1e-5)
+
+
+# How a step is cut
+
+
+@pytest.mark.parametrize("objective", [BY_SEQUENCE, replace(BY_SEQUENCE, max_rows=7), SAMPLE], ids=["all", "drawn", "sample"])
+def test_accumulation_does_not_matter_where_groups_are_sequences(tmp_path: Path, objective: Sinkhorn) -> None:
+    whole, expected, _ = one_step(tmp_path, objective)
+    for size in (2, 3):
+        shape = {"per_device_train_batch_size": size, "gradient_accumulation_steps": -(-8 // size)}
+        cut, found, batches = one_step(tmp_path, objective, config=shape)
+        assert len(batches) == -(-8 // size)
+        assert logged(cut) == pytest.approx(logged(whole), rel=1e-6)  # logged in float32
+        for key in ("sinkhorn", "divergence", "scored_tokens"):
+            assert logged(cut, key) == pytest.approx(logged(whole, key), rel=1e-9), key
+        assert_same(found, expected, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rows": 20}], ids=str)
+def test_groups_of_a_batch_are_those_of_each_micro_batch_weighted_by_their_rows(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    objective = replace(BY_BATCH, **options)
+    shape = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+    trainer, found, batches = one_step(tmp_path, objective, config=shape)
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    draws = draws_of(seed=trainer.args.seed, step=1) if options else None
+    assert_step(trainer, found, batches, plain=forward_kl, draws=draws)
+    together = plain_transport(double(), double(1), [[row for batch in batches for row in batch]], objective, draws=draws)
+    assert abs(logged(trainer, "sinkhorn")[0] - together.value.item()) > 1e-3, "else nothing was told apart"
+
+
+@pytest.mark.parametrize("objective", [BY_SEQUENCE, replace(BY_SEQUENCE, max_rows=7), SAMPLE], ids=["all", "drawn", "sample"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"data_collator": DistillationCollator(0, pad_to_multiple_of=64)},
+        {"rows": EIGHT[::-1]},
+        {"config": {"packing": True, "max_length": 128}},
+    ],
+    ids=["padded", "reversed", "packed"],
+)
+def test_padding_and_the_order_of_rows_do_not_matter(tmp_path: Path, objective: Sinkhorn, given: dict[str, Any]) -> None:
+    plain, expected, _ = one_step(tmp_path, objective)
+    other, found, _ = one_step(tmp_path, objective, **given)
+    for key in ("loss", "sinkhorn", "divergence"):
+        assert logged(other, key) == pytest.approx(logged(plain, key), rel=1e-6), key
+    assert_same(found, expected)
+
+
+def evaluated(trainer: SinkhornTrainer) -> dict[str, float]:
+    timed = ("runtime", "per_second", "preparation_time")
+    return {key: value for key, value in trainer.evaluate().items() if not key.endswith(timed)}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rows": 7}], ids=str)
+def test_evaluation_does_not_depend_on_mates_where_groups_are_sequences(tmp_path: Path, options: dict[str, Any]) -> None:
+    """By batches of 1, 3 and 7 rows, and with longer mates; the draws are those of step 0."""
+    objective = replace(BY_SEQUENCE, **options)
+    found = []
+    for size in (1, 3, 7):
+        trainer = sinkhorn_trainer(
+            tmp_path, objective, eval_dataset=ROWS[:7], config={"per_device_eval_batch_size": size, "max_steps": 1}
+        )
+        found.append(evaluated(trainer))
+    assert trainer.eval_dataset is not None
+    draws = draws_of(seed=trainer.args.seed, step=0) if options else None
+    moved = plain_transport(double(), double(1), [[row] for row in trainer.eval_dataset], objective, draws=draws)
+    divergence = plain_loss(double(), double(1), trainer.eval_dataset, forward_kl)
+    assert found[0]["eval_loss"] == pytest.approx((divergence + 0.8 * moved.value).item(), rel=1e-9)
+    assert found[0]["eval_sinkhorn"] == pytest.approx(moved.value.item(), rel=1e-9)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-7)
+    trainer.train()
+    assert evaluated(trainer)["eval_sinkhorn"] != pytest.approx(moved.value.item(), rel=1e-4), "the student has moved"
+
+
+def test_evaluation_of_batch_wise_groups_is_the_mean_over_its_batches(tmp_path: Path) -> None:
+    trainer = sinkhorn_trainer(tmp_path, BY_BATCH, eval_dataset=ROWS[:7], config={"per_device_eval_batch_size": 3})
+    assert trainer.eval_dataset is not None
+    rows = list(trainer.eval_dataset)
+    moved = plain_transport(double(), double(1), [rows[:3], rows[3:6], rows[6:]], trainer.objective)
+    assert evaluated(trainer)["eval_sinkhorn"] == pytest.approx(moved.value.item(), rel=1e-6)
+
+
+# Which rows are drawn
+
+DRAWN = replace(BY_SEQUENCE, max_rows=7)
+BATCHED = replace(BY_BATCH, max_rows=7)  # groups of a micro-batch are always larger
+
+
+def drawn(
+    directory: Path, *, rows: Any = ROWS[:12], objective: Sinkhorn = BATCHED, **given: Any
+) -> list[dict[int, list[float]]]:
+    """{sample: its rows' numbers} of each step."""
+    given["config"] = {"max_steps": 2, "per_device_train_batch_size": 12, **given.get("config", {})}
+    trainer = sinkhorn_trainer(directory, objective, rows=rows, **given)
+    seen = watched(trainer)
+    trainer.train()
+    parts = len(seen.draws) // 2
+    return [{k: v for batch in seen.draws[i * parts : (i + 1) * parts] for k, v in batch.items()} for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"config": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 6}},
+        {"data_collator": DistillationCollator(0, pad_to_multiple_of=64)},
+        {"rows": ROWS[:12][::-1]},
+        {"config": {"data_seed": 9}},
+        {"config": {"packing": True, "max_length": 128}},
+        {"model": double(2)},
+        {"objective": DRAWN},
+    ],
+    ids=["accumulated", "padded", "reversed", "shuffled", "packed", "student", "sequence"],
+)
+def test_draws_follow_from_seed_step_and_sample_alone(tmp_path: Path, given: dict[str, Any]) -> None:
+    expected = drawn(tmp_path)
+    assert len(expected[0]) == 12
+    assert drawn(tmp_path, **given) == expected
+
+
+def test_draws_are_others_in_other_steps_and_with_other_seeds(tmp_path: Path) -> None:
+    first, second = drawn(tmp_path)
+    other, _ = drawn(tmp_path, config={"seed": 43})
+    fewer, _ = drawn(tmp_path, rows=ROWS[:5])
+    for sample, numbers in first.items():
+        assert len({*numbers, *second[sample], *other[sample]}) == 3 * len(numbers)
+    assert fewer.items() <= first.items(), "mates do not matter"
+    firsts = [numbers[0] for numbers in first.values()]
+    assert len(set(firsts)) == 12, "samples draw by themselves"
+
+
+def test_evaluation_draws_as_in_step_0(tmp_path: Path) -> None:
+    trainer = sinkhorn_trainer(tmp_path, BATCHED, eval_dataset=ROWS[:7], config={"per_device_eval_batch_size": 3})
+    seen = watched(trainer)
+    trainer.evaluate()
+    before, found = seen.draws[:], {}
+    seen.draws.clear()
+    trainer.train()
+    trained = {sample: numbers for batch in seen.draws for sample, numbers in batch.items()}
+    seen.draws.clear()
+    trainer.evaluate()
+    assert seen.draws == before, "after a step they are the same"
+    for batch in before:
+        found |= {sample: numbers for sample, numbers in batch.items() if not any(map(_is_nan, numbers))}
+    keep = draws_of(seed=trainer.args.seed, step=0)
+    assert len(found) == 7
+    for sample, numbers in found.items():
+        assert numbers == keep({"sample_id": sample}, len(numbers)).tolist() != trained[sample]
+
+
+def _is_nan(number: float) -> bool:
+    return number != number
+
+
+def test_no_draws_where_no_group_can_be_larger(tmp_path: Path) -> None:
+    found, _ = drawn(tmp_path, objective=Sinkhorn(iterations=1))
+    assert all(_is_nan(number) for numbers in found.values() for number in numbers)
+
+
+@pytest.mark.parametrize("objective", [BATCHED, DRAWN], ids=["batch", "sequence"])
+def test_all_rows_are_counted_whatever_takes_part(tmp_path: Path, objective: Sinkhorn) -> None:
+    counts: list[int] = []
+    trainer = sinkhorn_trainer(tmp_path, objective)
+    original = trainer.loss_of
+    trainer.loss_of = lambda *given: counts.append((loss := original(*given)).count) or loss  # type: ignore
+    trainer.train()
+    expected = sum(label != -100 for row in trainer.train_dataset for label in row["labels"][1:])
+    assert counts == [expected] and logged(trainer, "scored_tokens") == [expected]
+
+
+@pytest.mark.parametrize("objective", [BATCHED, DRAWN], ids=["batch", "sequence"])
+def test_a_resumed_run_draws_the_same_rows(tmp_path: Path, objective: Sinkhorn) -> None:
+    config = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    how: dict[str, Any] = {"rows": ROWS[:12], "config": config}
+    whole = sinkhorn_trainer(tmp_path, objective, **how)
+    seen = watched(whole)
+    whole.train()
+    again = sinkhorn_trainer(tmp_path, objective, **how)
+    seen_again = watched(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert seen_again.draws == seen.draws[2:]
+    assert logged(again) == logged(whole)
+    for name, value in weights_of(whole).items():
+        assert torch.equal(weights_of(again)[name], value), name
+
+
+# The log
+
+USUAL = {"kl_forward", "kl_reverse", "entropy_student", "entropy_teacher", "top1_agreement", "acceptance"}
+CASES = {
+    "batch": (BY_BATCH, {"sinkhorn", "divergence", "sinkhorn_marginal_error"}),
+    "sequence": (BY_SEQUENCE, {"sinkhorn", "divergence", "sinkhorn_marginal_error"}),
+    "sample": (SAMPLE, {"sinkhorn", "divergence"}),
+    "alone": (replace(SAMPLE, divergence=None), {"sinkhorn"}),
+}
+
+
+@pytest.mark.parametrize(("objective", "own"), list(CASES.values()), ids=list(CASES))
+def test_what_is_logged_and_when(tmp_path: Path, objective: Sinkhorn, own: set[str]) -> None:
+    trainer = sinkhorn_trainer(
+        tmp_path, objective, rows=THREE, config={"max_steps": 4, "logging_steps": 2, "logging_first_step": False}
+    )
+    made: list[set[str]] = []
+    original = trainer.loss_of
+    trainer.loss_of = lambda *given: made.append(set((loss := original(*given)).metrics)) or loss  # type: ignore
+    trainer.train()
+    assert [bool(names) for names in made] == [False, True, False, True]
+    assert made[1] >= own | USUAL
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    everything = {"sinkhorn", "divergence", "sinkhorn_marginal_error"}
+    for line in lines:
+        assert line.keys() & everything == own and line.keys() >= USUAL
+
+
+@pytest.mark.parametrize("objective", [objective for objective, _ in CASES.values()], ids=list(CASES))
+def test_the_logged_parts_add_up_to_the_loss(tmp_path: Path, objective: Sinkhorn) -> None:
+    config = {"max_steps": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    trainer = sinkhorn_trainer(tmp_path, objective, rows=ROWS, config=config)
+    trainer.train()
+    moved, losses = logged(trainer, "sinkhorn"), logged(trainer)
+    divergence = logged(trainer, "divergence") or [0.0] * 4
+    assert losses == pytest.approx([d + objective.weight * s for d, s in zip(divergence, moved, strict=True)], rel=1e-5)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_default_is_batch_wise_beside_forward_kl(tmp_path: Path) -> None:
+    trainer = SinkhornTrainer(
+        tiny_llama(V),
+        tiny_llama(V, seed=1),
+        args=settings(tmp_path),
+        train_dataset=ROWS,
+        processing_class=tiny_tokenizer(),
+    )
+    assert trainer.objective == Sinkhorn() and trainer.objective.divergence == ForwardKL()
+    trainer.train()
+    assert logged(trainer, "divergence") == pytest.approx(logged(trainer, "kl_forward"), rel=1e-6)
+
+
+# Teachers
+
+
+class Mixture(nn.Module):
+    """Two models whose probabilities at temperature T are averaged, as one with logits."""
+
+    def __init__(self, *models: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.models, self.temperature = nn.ModuleList(models), temperature
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = [model(input_ids=input_ids).logits[..., :V] / self.temperature for model in self.models]
+        mean = torch.stack([z.softmax(-1) for z in logits]).mean(0)
+        return SimpleNamespace(logits=self.temperature * mean.log())
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"debiased": True}], ids=str)
+def test_an_ensemble(tmp_path: Path, options: dict[str, Any]) -> None:
+    objective = replace(BY_BATCH, divergence=ForwardKL(temperature=0.5), **options)
+    teacher = EnsembleTeacher([HFTeacher(double(1)), HFTeacher(double(2))])
+    trainer, found, batches = one_step(tmp_path, objective, teacher=teacher)
+    mixture = Mixture(double(1), double(2), temperature=0.5)
+    assert_step(trainer, found, batches, plain=tempered(forward_kl, 0.5), teacher=mixture)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Top 8 at temperature 2, and drawn tokens, of the eight rows."""
+    root = tmp_path_factory.mktemp("caches")
+    rows = trainer_of(root / "unused", rows=EIGHT).train_dataset
+    given = {"tokenizer": tiny_tokenizer(), "teacher_name": "tiny", "k": 8, "bits": 32}
+    for kind in ("topk", "sampled"):
+        write_cache(
+            HFTeacher(tiny_llama(V, seed=1)),
+            rows,
+            directory=root / kind,
+            kind=kind,
+            temperature=2.0,
+            **given,  # type: ignore
+        )
+    return {kind: str(root / kind) for kind in ("topk", "sampled")}
+
+
+@pytest.mark.parametrize("options", [{}, {"group": "sequence", "max_rows": 7}, {"top_k": 5}], ids=str)
+def test_a_cache_of_the_top_k(tmp_path: Path, caches: dict[str, str], options: dict[str, Any]) -> None:
+    """The transport is that of the teacher itself with top_k, the divergence that of other trainers on the cache."""
+    objective = Sinkhorn(iterations=3, epsilon=0.02, divergence=ForwardKL(temperature=2.0), **options)
+    trainer, _, batches = one_step(tmp_path, objective, model=tiny_llama(V), teacher=caches["topk"])
+    groups = batches if objective.group == "batch" else singles(batches)
+    draws = draws_of(seed=trainer.args.seed, step=1) if "max_rows" in options else None
+    live = replace(objective, top_k=objective.top_k or 8)
+    moved = plain_transport(double(), double(1), groups, live, draws=draws)
+    assert logged(trainer, "sinkhorn") == [pytest.approx(moved.value.item(), rel=1e-4)]
+    config = {"per_device_train_batch_size": 8}
+    plain = trainer_of(tmp_path, rows=EIGHT, teacher=caches["topk"], objective=ForwardKL(temperature=2.0), config=config)
+    plain.train()
+    assert logged(trainer, "divergence") == pytest.approx(logged(plain), rel=1e-5)
+    assert logged(trainer) == [pytest.approx(logged(plain)[0] + 0.8 * moved.value.item(), rel=1e-4)]
+
+
+class Truncated(nn.Module):
+    """A model of which only the 8 likeliest tokens are known; others have no mass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = self.model(input_ids=input_ids).logits[..., :V]
+        least = logits.topk(8).values[..., -1:]
+        return SimpleNamespace(logits=torch.where(logits >= least, logits, -torch.inf))
+
+
+def test_tokens_of_a_cache(tmp_path: Path, caches: dict[str, str]) -> None:
+    points = torch.randn(V, 5, generator=torch.Generator().manual_seed(3))
+    save_file({"points": points}, tmp_path / "points.safetensors")
+    objective = replace(SAMPLE, token_points=str(tmp_path / "points.safetensors"), divergence=None)
+    trainer, _, batches = one_step(tmp_path / "run", objective, model=tiny_llama(V), teacher=caches["topk"])
+    moved = plain_transport(double(), Truncated(double(1)), batches, objective, points=points)
+    assert logged(trainer) == [pytest.approx(0.5 * moved.value.item(), rel=1e-4)]
+
+
+@pytest.mark.parametrize("group", ["batch", "sequence"])
+def test_rollouts(tmp_path: Path, group: Any) -> None:
+    objective = replace(BY_BATCH, group=group, divergence=ReverseKL())
+    config = {**GREEDY, "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = sinkhorn_trainer(tmp_path, objective, rows=PAIRS[:4], config=config)
+    trainer.train()
+    rows = rolled_out(double(), PROMPTS[:4])
+    groups = [rows] if group == "batch" else [[row] for row in rows]
+    moved = plain_transport(double(), double(1), groups, objective)
+    expected = plain_loss(double(), double(1), rows, reverse_kl) + 0.8 * moved.value
+    assert logged(trainer)[0] == pytest.approx(expected.item(), rel=1e-6)
+    assert logged(trainer, "scored_tokens")[0] == 24 and len(logged(trainer, "sinkhorn")) == 2
+
+
+# What is refused
+
+
+def refused(directory: Path, message: str, objective: Any, **given: Any) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        sinkhorn_trainer(directory, objective, **given)
+    assert "\n" not in str(error.value)
+    assert not list(directory.iterdir()), "nothing is written before everything fits"
+
+
+def test_other_objectives_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "SinkhornTrainer trains Sinkhorn, not ReverseKL: use DistillationTrainer", ReverseKL())
+    refused(tmp_path, "trains Sinkhorn, not str", "Sinkhorn")
+    refused(tmp_path, "SelectiveKL keeps some rows .* cannot be part", Sinkhorn(divergence=SelectiveKL()))
+    inside = Sum(parts=((0.5, SelectiveKL()), (0.5, CrossEntropy())))
+    refused(tmp_path, "SelectiveKL keeps some rows .* cannot be part", Sinkhorn(divergence=inside))
+
+
+@pytest.mark.parametrize("divergence", [CrossEntropy(), SampledReverseKL(), TAID(), Sum(parts=((1.0, TAID()),))])
+def test_divergences_that_compare_no_two_models_or_change(divergence: Any) -> None:
+    with pytest.raises(ValueError, match=f"Sinkhorn.divergence cannot be {type(divergence).__name__}: choose"):
+        Sinkhorn(divergence=divergence)
+
+
+def test_other_trainers_refuse_it_and_name_this_one(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"train_dataset": ROWS, "processing_class": tiny_tokenizer(), "args": settings(tmp_path)}
+    for trainer in (DistillationTrainer, DraftTrainer):
+        with pytest.raises(ValueError, match=r"groups of rows: train with kdlib distill \(SinkhornTrainer\)"):
+            trainer(tiny_llama(V), tiny_llama(V, seed=1), objective=Sinkhorn(), **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "temperature"),
+    [
+        (Sinkhorn(), "ForwardKL", 1.0),
+        (Sinkhorn(temperature=1.0, divergence=ForwardKL(temperature=2.0)), "Sinkhorn", 1.0),
+        (Sinkhorn(divergence=Sum(parts=((1.0, ForwardKL(temperature=4.0)), (0.1, CrossEntropy())))), "ForwardKL", 4.0),
+        (replace(SAMPLE, divergence=None, temperature=3.0, token_points="student"), "Sinkhorn", 3.0),
+    ],
+)
+def test_a_cache_of_another_temperature(
+    tmp_path: Path, caches: dict[str, str], objective: Sinkhorn, name: str, temperature: float
+) -> None:
+    message = f"{name} has temperature {temperature}, the teacher's log-probs are at 2.0"
+    refused(tmp_path, message, objective, teacher=caches["topk"])
+
+
+def test_a_cache_that_says_too_little(tmp_path: Path, caches: dict[str, str]) -> None:
+    tempered = ForwardKL(temperature=2.0)
+    refused(tmp_path, "SAMPLED_TEACHER.*cannot feed Sinkhorn", Sinkhorn(divergence=tempered), teacher=caches["sampled"])
+    debiased = Sinkhorn(divergence=tempered, debiased=True)
+    refused(tmp_path, "TOPK.*cannot feed Sinkhorn", debiased, teacher=caches["topk"])
+
+
+def test_no_teacher(tmp_path: Path) -> None:
+    for objective in (Sinkhorn(), replace(SAMPLE, divergence=None, token_points="student")):
+        refused(tmp_path, "Sinkhorn needs a teacher", objective, teacher=None)
+
+
+def test_token_points_that_cannot_be_had(tmp_path: Path, caches: dict[str, str]) -> None:
+    save_file({"x": torch.zeros(V - 1, 4)}, tmp_path / "short.safetensors")
+    (tmp_path / "run").mkdir()
+    message = f"has shape .{V - 1}, 4., the tokenizer has {V} tokens"
+    refused(tmp_path / "run", message, replace(SAMPLE, token_points=str(tmp_path / "short.safetensors")))
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere.safetensors"):
+        sinkhorn_trainer(tmp_path / "run", replace(SAMPLE, token_points=str(tmp_path / "nowhere.safetensors")))
+    message = "a single teacher in this process: set objective.token_points to student, surface or"
+    two = EnsembleTeacher([HFTeacher(double(1)), HFTeacher(double(2))])
+    refused(tmp_path / "run", message, SAMPLE, teacher=two)
+    cached = replace(SAMPLE, divergence=ForwardKL(temperature=2.0))
+    refused(tmp_path / "run", message, cached, teacher=caches["topk"])
+
+
+def test_token_points_of_the_tokens_text(tmp_path: Path) -> None:
+    trainer, found, batches = one_step(tmp_path, replace(SAMPLE, token_points="surface"), rows=THREE)
+    points = surface_vectors(tiny_tokenizer(), vocab_size=V)
+    assert_step(trainer, found, batches, plain=forward_kl, points=points, tolerance=1e-5)
