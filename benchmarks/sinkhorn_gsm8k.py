@@ -32,12 +32,15 @@ RUNS = Path("runs/sinkhorn-gsm8k")
 ROWS, TOKENS = {"max_rows": 256}, {"geometry": "sample", "loss": "dual"}
 METHODS: dict[str, Any] = {
     "forward KL": "ForwardKL",
-    "KL + Sinkhorn, batch-wise": {"Sinkhorn": ROWS},
-    "KL + Sinkhorn, sample-wise": {"Sinkhorn": TOKENS},
+    "KL + Sinkhorn, batch-wise, T = 1": {"Sinkhorn": {**ROWS, "temperature": 1.0}},
+    "KL + Sinkhorn, sample-wise, T = 1": {"Sinkhorn": {**TOKENS, "temperature": 1.0}},
     "total variation": "TotalVariation",
-    "Sinkhorn alone, sample-wise": {"Sinkhorn": {**TOKENS, "divergence": None}},
+    "Sinkhorn alone, sample-wise, T = 1": {"Sinkhorn": {**TOKENS, "temperature": 1.0, "divergence": None}},
+    "KL + Sinkhorn, batch-wise, T = 2": {"Sinkhorn": ROWS},
+    "KL + Sinkhorn, sample-wise, T = 2": {"Sinkhorn": TOKENS},
 }
-MAIN = tuple(METHODS)[:3]
+NAMES = tuple(METHODS)
+MAIN, ELSEWHERE, QUICK = (*NAMES[:3], *NAMES[5:]), NAMES[:5], NAMES[5:]
 COLUMNS = ("student", "bits per byte", "KL(p‖q), nats", "KL(q‖p), nats", "common mass Σ min(p, q)")
 SCORES = ("bits_per_byte", "kl_forward", "kl_reverse", "acceptance")
 Found = list[dict[str, float]]
@@ -83,7 +86,7 @@ def students(methods: Sequence[str], start: Mapping[str, Any], steps: int, *, na
     for seed in arguments.seeds:
         for method in methods:
             options = {**common(steps, seed=seed, quick=arguments.quick), **start}
-            where = RUNS / f"{name}-{list(METHODS).index(method)}-{seed}"
+            where = RUNS / f"{name}-{NAMES.index(method)}-{seed}"
             model = trained("distill", where, **options, objective=METHODS[method])
             found[method].append(score(str(model), rows=arguments.rows, teacher=TEACHER))
     return found
@@ -141,10 +144,10 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     run("examples/gsm8k_rows.py", DATA, "runs/gsm8k")
     arguments.rows = head("runs/gsm8k/test.jsonl", arguments.questions)
-    new = students(MAIN[1:] if arguments.quick else MAIN, {}, arguments.steps, name="new", arguments=arguments)
+    new = students(QUICK if arguments.quick else MAIN, {}, arguments.steps, name="new", arguments=arguments)
     start, before = from_elsewhere(arguments)
     moved = students(
-        MAIN[:1] if arguments.quick else tuple(METHODS), start, arguments.short_steps, name="elsewhere", arguments=arguments
+        NAMES[:1] if arguments.quick else ELSEWHERE, start, arguments.short_steps, name="elsewhere", arguments=arguments
     )
     tables = {"From new weights": lines(new), "From elsewhere": lines({"before": [before], **moved})}
     for title, rows in tables.items():

@@ -290,8 +290,8 @@ class Objective(Protocol):
 class RowObjective(Protocol):
     """An objective that is a sum over rows: ``row`` gives [n] or [n, J] from views of q and p and the labels [n].
 
-    ``same_vocabulary``: an id is one token in both models. ``by_chunk``: ``row`` wants as many rows at a time as there are
-    logits of, also on CPU, where elementwise work is faster on a few.
+    ``same_vocabulary``: an id is one token in both models. ``large_blocks``: ``row`` wants many rows at a
+    time, also on CPU, where elementwise work is faster on a few.
     """
 
     @property
@@ -301,7 +301,7 @@ class RowObjective(Protocol):
     def same_vocabulary(self) -> bool: ...
 
     @property
-    def by_chunk(self) -> bool: ...
+    def large_blocks(self) -> bool: ...
 
     def row(self, q: View, p: View | None, labels: Tensor) -> Tensor: ...
 

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,15 +60,16 @@ def read_yaml(path: str) -> dict[str, Any]:
 def expand(spec: Any) -> Any:
     """A class as users write it -> jsonargparse's class_path and init_args.
 
-    ``Name``, ``file.py:Name``, ``module:Name`` or ``{Name: {field: value}}``; also in the parts of a Sum.
+    ``Name``, ``file.py:Name``, ``module:Name`` or ``{Name: {field: value}}``; also in the parts of a Sum. Fields that are not
+    given have the class's defaults: jsonargparse would keep those that the class before it had under the same name.
     """
     if isinstance(spec, str):
-        return {"class_path": _class_path(spec)}
+        spec = {spec: None}
     if isinstance(spec, dict) and len(spec) == 1:
         name, given = next(iter(spec.items()))
         if isinstance(given, dict | None):
             path = _class_path(str(name))
-            return {"class_path": path, "init_args": _expanded_fields(path, given or {})}
+            return {"class_path": path, "init_args": {**_defaults(path), **_expanded_fields(path, given or {})}}
     raise ValueError(f"a class is written as Name or {{Name: {{field: value}}}}, not as {spec}")
 
 
@@ -78,6 +79,22 @@ def _expanded_fields(path: str, given: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise ValueError(unknown(str(key), known, of=path.rsplit(".", 1)[1]))
     return {key: _expanded_field(key, value) for key, value in given.items()}
+
+
+def _defaults(path: str) -> dict[str, Any]:
+    """The defaults of a class's fields, those that are objectives expanded."""
+    every = [field for field in _fields(path) if field.default is not MISSING]
+    made = [field for field in _fields(path) if field.default_factory is not MISSING]
+    found = {field.name: field.default for field in every}
+    return found | {field.name: _written(field.default_factory()) for field in made}  # type: ignore[operator]
+
+
+def _written(value: Any) -> Any:
+    """An objective as its class and fields; other values as they are."""
+    if not is_dataclass(value):
+        return value
+    written = {field.name: _written(getattr(value, field.name)) for field in fields(value)}
+    return {"class_path": f"{type(value).__module__}.{type(value).__name__}", "init_args": written}
 
 
 def _expanded_field(key: str, value: Any) -> Any:
@@ -115,8 +132,12 @@ def objective_names(*, diffusion: bool | None = None) -> list[str]:
 
 def class_fields(path: str) -> list[str]:
     """The option names of a dataclass given by its import path."""
+    return [field.name for field in _fields(path)]
+
+
+def _fields(path: str) -> tuple[Field[Any], ...]:
     module, _, name = path.rpartition(".")
-    return [field.name for field in fields(getattr(importlib.import_module(module), name))]
+    return fields(getattr(importlib.import_module(module), name))
 
 
 def _class_path(name: str) -> str:

@@ -19,7 +19,7 @@ from kdlib.kernels.metrics import row_metrics, summed
 from kdlib.types import DenseView, Loss, RowObjective, StudentSignal, TeacherSignal, View
 
 # On CPU elementwise work runs on a few rows at a time, which stay in cache; below 256 rows the matrix products lose speed.
-CPU_CHUNK, CPU_BLOCK_BYTES = 256, 2**19
+CPU_CHUNK, CPU_BLOCK_BYTES, CPU_LARGE_BLOCK = 256, 2**19, 64
 GPU_CHUNK_BYTES = 2**30
 
 
@@ -43,14 +43,14 @@ def chunked_rows(student: StudentSignal, teacher: TeacherSignal | None, objectiv
 class Job:
     """What is computed of each chunk: ``row(q, p, rows)`` gives [n] or [n, J] of the rows that a slice of 0..N names.
 
-    ``by_chunk``: ``row`` sees a chunk at a time, also on CPU, where it else sees the few rows that stay in cache. ``metrics``
+    ``large_blocks``: on CPU ``row`` sees 64 rows at a time instead of the few that stay in cache. ``metrics``
     are collected into ``found``.
     """
 
     student: StudentSignal
     teacher: TeacherSignal | None
     row: Callable[[DenseView, View | None, slice], Tensor]
-    by_chunk: bool = False
+    large_blocks: bool = False
     metrics: bool = False
     found: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ def _job(student: StudentSignal, teacher: TeacherSignal | None, objective: RowOb
         values = objective.row(q, p, labels[rows])
         return values if weight is None else values * weight[rows].reshape(-1, *[1] * (values.ndim - 1))
 
-    return Job(student=student, teacher=teacher, row=row, by_chunk=objective.by_chunk, metrics=metrics)
+    return Job(student=student, teacher=teacher, row=row, large_blocks=objective.large_blocks, metrics=metrics)
 
 
 class _SinglePass(torch.autograd.Function):
@@ -167,7 +167,7 @@ def _chunk_rows_and_gradient(
     """The chunk's weighted rows [n] or [n, J] and d rows_j / d projected for each j; the last is written over ``projected``."""
     collected: Tensor | None = None
     dz: list[Tensor] = []
-    for block in _slices(len(projected), len(projected) if job.by_chunk else _block_rows(projected)):
+    for block in _slices(len(projected), _block_rows(projected, large=job.large_blocks)):
         rows = slice(chunk.start + block.start, chunk.start + block.stop)
         p = None if teacher is None else teacher[block]
         values, gradients = _block_rows_and_gradient(job, projected[block], p, rows, differentiate)
@@ -231,7 +231,9 @@ def chunk_rows(hidden: Tensor, head: Head) -> int:
     return max(256, min(4096, rows // 256 * 256))
 
 
-def _block_rows(projected: Tensor) -> int:
+def _block_rows(projected: Tensor, *, large: bool) -> int:
     if projected.is_cuda:
         return len(projected)
+    if large:
+        return CPU_LARGE_BLOCK
     return max(1, CPU_BLOCK_BYTES // (projected.shape[-1] * projected.element_size()))

@@ -69,4 +69,4 @@ def _job(student: StudentSignal, row: RowValues) -> Job:
     def of_rows(q: DenseView, p: View | None, rows: slice) -> Tensor:
         return row(q, rows)
 
-    return Job(student=student, teacher=None, row=of_rows, by_chunk=True)
+    return Job(student=student, teacher=None, row=of_rows, large_blocks=True)

@@ -113,7 +113,7 @@ class RowObjective(Objective):
         return True
 
     @property
-    def by_chunk(self) -> bool:
+    def large_blocks(self) -> bool:
         """Whether ``row`` wants many rows at a time, also on CPU, where elementwise work is faster on a few."""
         return False
 

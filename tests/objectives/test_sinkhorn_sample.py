@@ -65,8 +65,8 @@ def by_pot(objective: SampleTransport, s: list[float], z: list[float]) -> float:
     def moved(u: Tensor, i: list[int], v: Tensor, j: list[int], of: list[float], onto: list[float]) -> float:
         C, source, target = distances(u, i, v, j, options.token_cost), masses(of, i), masses(onto, j)
         if options.loss == "dual":
-            return ot.solve(C, source, target, reg=options.epsilon, reg_type="KL", max_iter=50_000, tol=1e-12).value
-        plan = ot.sinkhorn(source, target, C, options.epsilon, method="sinkhorn_log", numItermax=50_000, stopThr=1e-12)
+            return ot.solve(C, source, target, reg=options.epsilon, reg_type="KL", max_iter=3_000, tol=1e-11).value
+        plan = ot.sinkhorn(source, target, C, options.epsilon, method="sinkhorn_log", numItermax=3_000, stopThr=1e-11)
         return float((plan * C).sum())
 
     value = moved(x, a, y, b, q, p)
@@ -101,7 +101,8 @@ def plain(objective: SampleTransport, student: Tensor, teacher: Tensor) -> Tenso
 @plain_or_debiased
 def test_rows_are_those_of_pot(token_cost: Any, loss: Any, debiased: bool) -> None:
     student, teacher, _ = logits(N, vocab=V)
-    objective = sample(token_cost=token_cost, loss=loss, debiased=debiased, epsilon=0.2, iterations=700)
+    epsilon = 1.5 if debiased else 0.4  # from a set onto itself POT is slow to converge
+    objective = sample(token_cost=token_cost, loss=loss, debiased=debiased, epsilon=epsilon, iterations=150)
     wanted = [by_pot(objective, s, z) for s, z in zip(student.tolist(), teacher.tolist(), strict=True)]
     signal, said = signals(student, teacher)
     with torch.no_grad():
@@ -134,8 +135,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
     found, gradient = graded(objective, student, teacher)
     wanted = plain(objective, student.requires_grad_(), teacher)
     torch.testing.assert_close(found.sum, wanted)
-    if loss == "transport":
-        torch.testing.assert_close(gradient, torch.autograd.grad(wanted, student)[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, student)[0], rtol=1e-8, atol=1e-10)
     assert gradient.abs().max() > 1e-4
 
 
@@ -144,7 +144,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(
 def test_gradcheck(debiased: bool, two: bool) -> None:
     student, teacher, _ = logits(2, vocab=5)
     points = TokenPoints(student=VECTORS, teacher=OTHERS if two else None)
-    for options in ({"iterations": 3}, {"iterations": 100, "loss": "dual", "epsilon": 1.0}):
+    for options in ({"iterations": 3}, {"iterations": 60, "loss": "dual", "epsilon": 2.0}):
         objective = sample(points, debiased=debiased, **options)
         assert torch.autograd.gradcheck(lambda s, o=objective: o.on_logits(s, teacher).sum, student.requires_grad_())
 
@@ -155,7 +155,8 @@ def test_gradcheck(debiased: bool, two: bool) -> None:
 def test_two_vocabularies_of_different_size(token_cost: Any, loss: Any, debiased: bool) -> None:
     student, teacher = logits(N, vocab=V)[0], logits(N, vocab=12, seed=3)[1]
     points = TokenPoints(student=VECTORS[:V], teacher=OTHERS)
-    objective = sample(points, token_cost=token_cost, loss=loss, debiased=debiased, epsilon=0.5, iterations=300)
+    epsilon = 1.5 if debiased else 0.4
+    objective = sample(points, token_cost=token_cost, loss=loss, debiased=debiased, epsilon=epsilon, iterations=150)
     wanted = sum(by_pot(objective, s, z) for s, z in zip(student.tolist(), teacher.tolist(), strict=True))
     signal, said = signals(student, teacher)
     assert linear_objective(signal, said, objective).sum.item() == pytest.approx(wanted, abs=1e-8)
@@ -183,11 +184,11 @@ SUPPORTS = {"identical": (2, 0, 1), "overlapping": (4, 1, 7), "disjoint": (6, 5,
 @losses
 def test_the_union_of_both_supports(theirs: tuple[int, ...], loss: Any) -> None:
     student, teacher = favouring(0, 1, 2), favouring(*theirs)
-    objective = sample(loss=loss, epsilon=0.2, iterations=400)
+    objective = sample(loss=loss, epsilon=0.3, iterations=150)
     union = {0, 1, 2, *theirs}
     found, gradient = graded(objective, student, teacher)
     assert found.sum.item() == pytest.approx(by_pot(objective, student[0].tolist(), teacher[0].tolist()), abs=1e-8)
-    assert set(gradient[0].nonzero().flatten().tolist()) == union
+    assert set((gradient[0].abs() > 1e-9).nonzero().flatten().tolist()) == union
 
 
 def test_all_tokens_are_as_many_as_there_are() -> None:
@@ -202,16 +203,17 @@ def test_all_tokens_are_as_many_as_there_are() -> None:
 @plain_or_debiased
 def test_tokens_that_a_top_k_teacher_says_nothing_of_have_no_mass_there(debiased: bool) -> None:
     student, teacher, _ = logits(N, vocab=V)
-    objective = sample(debiased=debiased, epsilon=0.2, iterations=400)
+    objective = sample(debiased=debiased, epsilon=1.5, iterations=80)
     kept = top(teacher, 2, temperature=2.0)
     assert kept.ids is not None
-    silent = torch.full_like(teacher, -torch.inf).scatter(-1, kept.ids, teacher.gather(-1, kept.ids))
     leaf = student.clone().requires_grad_()
     found = linear_objective(*signals(leaf, kept), objective)
-    # the dense teacher of the same two tokens, whose third is one without mass
-    wanted, gradient = graded(objective, student, silent)
     total = sum(by_union(objective, s, p, ids) for s, p, ids in zip(student, teacher, kept.ids.tolist(), strict=True))
     assert found.sum.item() == pytest.approx(total, abs=1e-8)
+    # and two tokens of either are those of a dense teacher that has no others
+    silent = torch.full_like(teacher, -torch.inf).scatter(-1, kept.ids, teacher.gather(-1, kept.ids))
+    found = linear_objective(*signals(leaf, kept), sample(debiased=debiased, top_k=2))
+    wanted, gradient = graded(sample(debiased=debiased, top_k=2), student, silent)
     torch.testing.assert_close(found.sum, wanted.sum)
     torch.testing.assert_close(torch.autograd.grad(found.sum, leaf)[0], gradient)
 
@@ -227,7 +229,7 @@ def by_union(objective: SampleTransport, s: Tensor, z: Tensor, known: list[int])
         (i, source), (j, target) = sides[u], sides[v]
         C = distances(x, i, x, j, options.token_cost)
         value[u + v] = float(
-            (ot.sinkhorn(source, target, C, options.epsilon, method="sinkhorn_log", numItermax=50_000, stopThr=1e-12) * C).sum()
+            (ot.sinkhorn(source, target, C, options.epsilon, method="sinkhorn_log", numItermax=3_000, stopThr=1e-11) * C).sum()
         )
     return value["qp"] - (0.5 * value["qq"] + 0.5 * value["pp"] if options.debiased else 0.0)
 

@@ -23,7 +23,7 @@ from kdlib.types import DenseView, StudentSignal, TeacherSignal, View
 if TYPE_CHECKING:
     from kdlib.objectives.sinkhorn.objective import Sinkhorn
 
-CHUNK = 256  # rows of logits that become probabilities at a time
+CHUNK = 64  # rows of logits that become probabilities at a time
 
 
 class StudentRows(Protocol):

@@ -49,7 +49,7 @@ class SampleTransport(RowObjective):
         return self.points.teacher is None
 
     @property
-    def by_chunk(self) -> bool:
+    def large_blocks(self) -> bool:
         return True
 
     def row(self, q: View, p: View | None, labels: Tensor) -> Tensor:
