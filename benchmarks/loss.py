@@ -92,13 +92,13 @@ def worker(pipe: Connection, method: str, case: Case) -> None:
 
     pipe.send("ready")
     while pipe.recv():
-        before, start = _memory(case.device), clock()
+        before, start = memory_in_use(case.device), clock()
         run()
         seconds = clock() - start
-        pipe.send((seconds, _peak(case.device) - before, error, floor.flops if floor else x.chunk))
+        pipe.send((seconds, peak_memory(case.device) - before, error, floor.flops if floor else x.chunk))
 
 
-def _memory(device: str) -> int:
+def memory_in_use(device: str) -> int:
     """Bytes in use now, what the allocator holds back given up first."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -108,7 +108,7 @@ def _memory(device: str) -> int:
     return psutil.Process().memory_info().rss
 
 
-def _peak(device: str) -> int:
+def peak_memory(device: str) -> int:
     """Bytes in use at most: of all time for CPU, so that a process's first run is the one that measures."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()

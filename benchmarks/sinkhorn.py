@@ -23,7 +23,7 @@ from typing import Any
 import ot
 import psutil
 import torch
-from loss import _memory, _peak
+from loss import memory_in_use, peak_memory
 from loss_methods import Inputs, kdlib_chunked
 from page import markdown_table, write_results
 from rich.console import Console
@@ -222,9 +222,9 @@ def rounds(case: Case) -> Measured:
     torch.mm(x.teacher_hidden[: x.chunk], x.teacher_weight.T)  # BLAS workspaces and threads are of no method
     end = perf_counter() + case.budget
     while not seconds or perf_counter() < end:
-        before = _memory(case.device)
+        before = memory_in_use(case.device)
         seconds.append(timed(case.method, x, case))
-        peak = peak or _peak(case.device) - before
+        peak = peak or peak_memory(case.device) - before
         to_kl.append(1.0 if case.method == KL else seconds[-1] / timed(KL, x, case))
     return Measured(seconds=seconds, to_kl=to_kl, peak=peak)
 
@@ -327,7 +327,7 @@ class Iterations:
     def __call__(self) -> tuple[float, float, int]:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         cost = torch.rand(self.rows, self.rows, device=self.device, generator=generator).requires_grad_()
-        clock, before = (process_time if self.device == "cpu" else perf_counter), _memory(self.device)
+        clock, before = (process_time if self.device == "cpu" else perf_counter), memory_in_use(self.device)
         start = clock()
         value = self.value(cost)
         value.item()  # waits for a GPU
@@ -335,7 +335,7 @@ class Iterations:
         value.backward()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return forward, clock() - start, _peak(self.device) - before
+        return forward, clock() - start, peak_memory(self.device) - before
 
     def value(self, cost: Tensor) -> Tensor:
         options, mass = Sinkhorn(), cost.new_full((1, self.rows), 1.0 / self.rows)

@@ -87,6 +87,14 @@ def test_gsm8k_compares_both_students(tmp_path: Path) -> None:
     assert "| fine-tuning |" in report.read_text() and "| forward KL |" in report.read_text()
 
 
+def test_sinkhorn_compares_with_plain_torch_and_pot(tmp_path: Path) -> None:
+    written = quick_page("sinkhorn", tmp_path, runs=False).read_text()
+    for cost in ("L1", "squared Euclidean", "L1, top 64", "sample-wise, top 32"):
+        for method in ("kdlib", "plain torch", "POT"):
+            assert f"| {cost} | {method} |" in written
+    assert "| KL alone |" in written and "error against float64" in written
+
+
 @needs_shared
 def test_sinkhorn_gsm8k_compares_students_from_two_starts(tmp_path: Path) -> None:
     written = quick_page("sinkhorn_gsm8k", tmp_path).read_text()

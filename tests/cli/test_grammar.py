@@ -20,7 +20,16 @@ SPECS: list[Any] = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_collapse_is_the_inverse_of_expand(spec: Any) -> None:
-    assert collapse(expand(spec)) == spec
+    written = collapse(expand(spec))
+    assert expand(written) == expand(spec) and collapse(expand(written)) == written
+
+
+def test_expand_gives_the_defaults_of_the_class() -> None:
+    """Else those that the class before it had under the same name would stay."""
+    assert collapse(expand("SkewKL")) == {"SkewKL": {"temperature": 1.0, "t_squared": False, "alpha": 0.1}}
+    sinkhorn = collapse(expand({"Sinkhorn": {"epsilon": 0.05}}))["Sinkhorn"]
+    assert sinkhorn["temperature"] == 2.0 and sinkhorn["epsilon"] == 0.05 and sinkhorn["top_k"] is None
+    assert sinkhorn["divergence"] == {"ForwardKL": {"temperature": 1.0, "t_squared": False}}
 
 
 def test_an_own_objective_is_written_as_it_was_typed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +37,12 @@ def test_an_own_objective_is_written_as_it_was_typed(place: Path, monkeypatch: p
     spec = {"own.py:Scaled": {"factor": 3.0}}
     expanded = expand(spec)
     assert class_fields(expanded["class_path"]) == ["temperature", "t_squared", "factor"]
-    assert collapse(expanded) == spec
+    assert collapse(expanded) == {"own.py:Scaled": {"temperature": 1.0, "t_squared": False, "factor": 3.0}}
 
 
 def test_an_objective_is_found_in_an_importable_module() -> None:
     assert expand("kdlib.objectives:SkewKL")["class_path"] == "kdlib.objectives.SkewKL"
-    assert collapse(expand("kdlib.objectives:SkewKL")) == "SkewKL"
+    assert list(collapse(expand("kdlib.objectives:SkewKL"))) == ["SkewKL"]
 
 
 def test_kdlib_classes_have_no_module_whatever_path_names_them() -> None:
