@@ -32,7 +32,7 @@ def sinkhorn(
     """min_P <P, C> + epsilon KL(P | a b') over plans P with marginals a and b, after ``iterations`` of Sinkhorn.
 
     loss "transport": sum_ij P_ij C_ij, the cost of the plan, whose gradient goes through all iterations (each recomputed in
-    backward, so that memory does not grow with their number). loss "dual": <a, f> + <b, g> - epsilon (sum P - 1), the
+    backward, so that no more than n + m potentials of it are kept). loss "dual": <a, f> + <b, g> - epsilon (sum P - 1), the
     regularised value itself, whose gradient is taken at fixed potentials (envelope theorem: exact at convergence). An iteration
     updates rows, then columns, so that the columns' marginals are met; ``symmetric`` moves both sides half the way at once.
     """

@@ -108,7 +108,7 @@ EXACT: dict[str, Sinkhorn] = {  # a dual's gradient is exact only once it has co
 
 @pytest.mark.parametrize("options", EXACT.values(), ids=EXACT)
 def test_gradcheck(options: Sinkhorn) -> None:
-    student, teacher, _ = logits(3, vocab=4, seed=1)
+    student, teacher, _ = logits(2, vocab=4, seed=1)
     assert torch.autograd.gradcheck(lambda s: options.on_logits(s, teacher).sum, student.requires_grad_())
 
 
@@ -351,7 +351,7 @@ def test_a_head_whose_chunks_cut_groups_is_on_logits(options: Sinkhorn, group: A
 
 
 def test_a_head_with_more_rows_than_a_chunk_is_on_logits() -> None:
-    assert_same_on_logits(Sinkhorn(iterations=2, debiased=True, group="sequence"), [100, 290, 210])
+    assert_same_on_logits(Sinkhorn(iterations=2, group="sequence"), [100, 290, 210])
 
 
 @pytest.mark.usefixtures("small_chunks")
