@@ -9,6 +9,7 @@ student have little mass in common. --quick trains for a few steps, to see that 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,15 @@ def elsewhere(rows: str, *, limit: int) -> str:
     return str(path)
 
 
+def scored(model: Path, arguments: Any) -> dict[str, float]:
+    """Its scores on the test questions' answers; those that lie beside the model are not taken again."""
+    kept = model.parent / "eval" / "text.json"
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    if found.get("rows") == arguments.questions:
+        return found
+    return score(str(model), rows=arguments.rows, teacher=TEACHER)
+
+
 def students(methods: Sequence[str], start: Mapping[str, Any], steps: int, *, name: str, arguments: Any) -> dict[str, Found]:
     """The scores of a student of every method and seed; finished ones are not trained again."""
     found: dict[str, Found] = {method: [] for method in methods}
@@ -88,7 +98,7 @@ def students(methods: Sequence[str], start: Mapping[str, Any], steps: int, *, na
             options = {**common(steps, seed=seed, quick=arguments.quick), **start}
             where = RUNS / f"{name}-{NAMES.index(method)}-{seed}"
             model = trained("distill", where, **options, objective=METHODS[method])
-            found[method].append(score(str(model), rows=arguments.rows, teacher=TEACHER))
+            found[method].append(scored(model, arguments))
     return found
 
 
@@ -98,7 +108,7 @@ def from_elsewhere(arguments: Any) -> tuple[dict[str, Any], dict[str, float]]:
     rows = elsewhere("runs/gsm8k/train.jsonl", limit=64 if arguments.quick else 3000)
     model = trained("distill", RUNS / "start", **{**options, "dataset_name": rows, "objective": "CrossEntropy"})
     start = {"model": str(model), "from_scratch": False, "config_overrides": None}
-    return start, score(str(model), rows=arguments.rows, teacher=TEACHER)
+    return start, scored(model, arguments)
 
 
 def lines(results: Mapping[str, Found]) -> list[list[str]]:

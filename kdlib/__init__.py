@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         SampledReverseKL,
         SelectiveKL,
         SharpenedKL,
+        Sinkhorn,
         SkewKL,
         SkewReverseKL,
         StepHalving,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         EagleTrainer,
         JacobiConfig,
         JacobiTrainer,
+        SinkhornTrainer,
     )
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
@@ -97,6 +99,8 @@ __all__ = [
     "SelectiveKL",
     "SelfTeacher",
     "SharpenedKL",
+    "Sinkhorn",
+    "SinkhornTrainer",
     "SkewKL",
     "SkewReverseKL",
     "StepHalving",
@@ -126,6 +130,7 @@ _ELSEWHERE = {
         "EagleTrainer",
         "JacobiConfig",
         "JacobiTrainer",
+        "SinkhornTrainer",
     ),
     "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdlib import objectives
-from kdlib.objectives import TAID, CrossEntropy, ForwardKL
+from kdlib.objectives import TAID, CrossEntropy, ForwardKL, Sinkhorn
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.types import Head, Loss, Objective, RowObjective, Support, TeacherSignal, feeds
 
@@ -108,7 +108,7 @@ def test_every_objective_meets_the_protocols() -> None:
     for name in set(objectives.__all__) - abstract:
         objective = getattr(objectives, name)()
         assert isinstance(objective, Objective)
-        assert isinstance(objective, RowObjective) != isinstance(objective, DiffusionObjective)
+        assert isinstance(objective, RowObjective) != isinstance(objective, DiffusionObjective | Sinkhorn)
         assert objective.layers == ()
         with pytest.raises(FrozenInstanceError):
             objective.temperature = 3.0
