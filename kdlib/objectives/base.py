@@ -1,6 +1,7 @@
 """What objectives share: the options every one has, ``on_logits`` for users and tests, the state of scheduled ones, and Sum."""
 
-from __future__ import annotations
+# Annotations are evaluated here (no future import): an option parser reads those of a subclass with the names of the
+# subclass's module, where ClassVar and others need not be known.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Objective(ABC):
         """The state after optimizer step ``step`` (1-based), given the loss of all ranks and micro-batches; never in eval."""
         return dict(state)
 
-    def bind(self, state: Mapping[str, float]) -> Objective:
+    def bind(self, state: Mapping[str, float]) -> "Objective":
         """The objective as it stands in this state."""
         return self
 
@@ -59,7 +60,7 @@ class RowObjective(Objective):
     def row(self, q: View, p: View | None, labels: Tensor) -> Tensor:
         """Loss of each row [n] (or [n, J] for J sums) from views of student q and teacher p and the labels [n]."""
 
-    def bind(self, state: Mapping[str, float]) -> RowObjective:
+    def bind(self, state: Mapping[str, float]) -> "RowObjective":
         """The row objective as it stands in this state."""
         return self
 
