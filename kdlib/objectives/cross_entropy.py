@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from kdlib.objectives.base import RowObjective
-from kdlib.types import Support, View
+from kdlib.types import View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class CrossEntropy(RowObjective):
     Raises ValueError for another temperature: the labels are not tempered, so there is nothing for it to divide.
     """
 
-    accepts: ClassVar[Support | None] = None
+    accepts = None
 
     def __post_init__(self) -> None:
         if self.temperature != 1.0:

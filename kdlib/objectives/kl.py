@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ class ForwardKL(Divergence):
     Ids drawn from the teacher give the unbiased estimate mean_k (log p - log q) (Hinton 2015; sampled: arXiv 2503.16870).
     """
 
-    accepts: ClassVar[Support | None] = Support.FULL | Support.TOPK | Support.SAMPLED_TEACHER
+    accepts = Support.FULL | Support.TOPK | Support.SAMPLED_TEACHER
 
     def sampled(self, logp: Tensor, logq: Tensor) -> Tensor:
         return logp - logq
@@ -38,7 +37,7 @@ class ReverseKL(Divergence):
     is unbiased for the gradient of the full sum (MiniLLM, arXiv 2306.08543).
     """
 
-    accepts: ClassVar[Support | None] = Support.FULL | Support.TOPK | Support.SAMPLED_STUDENT
+    accepts = Support.FULL | Support.TOPK | Support.SAMPLED_STUDENT
 
     def sampled(self, logp: Tensor, logq: Tensor) -> Tensor:
         gap = (logq - logp).detach()
@@ -83,7 +82,7 @@ class SkewKL(Divergence):
     Ids drawn from the teacher give the unbiased mean_k (log p - log(alpha p + (1 - alpha) q)).
     """
 
-    accepts: ClassVar[Support | None] = Support.FULL | Support.TOPK | Support.SAMPLED_TEACHER
+    accepts = Support.FULL | Support.TOPK | Support.SAMPLED_TEACHER
     alpha: float = 0.1
 
     def __post_init__(self) -> None:

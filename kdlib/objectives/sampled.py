@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class SampledReverseKL(RowObjective):
     Raises ValueError for another temperature than 1 and for an ``importance_clip`` below 1.
     """
 
-    accepts: ClassVar[Support | None] = Support.SAMPLED_STUDENT | Support.FULL
+    accepts = Support.SAMPLED_STUDENT | Support.FULL
     estimator: Literal["k1", "k3"] = "k1"
     importance_clip: float | None = 2.0
 

@@ -24,6 +24,16 @@ TYPED = {
     "objective.divergence": "ReverseKL",
 }
 
+OWN = '''
+from dataclasses import dataclass
+from kdlib.objectives import SkewKL
+
+@dataclass(frozen=True, kw_only=True)
+class Near(SkewKL):
+    """SkewKL with a factor."""
+    factor: float = 2.0
+'''
+
 
 def lines(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -83,6 +93,13 @@ def test_yaml_and_typed_options_are_the_same(kdlib: Command, options: dict[str, 
     assert printed(kdlib, options, objective="Sinkhorn", **typed) == asked
     lower = printed(kdlib, options, config=tmp_path / "run.yaml", **{"objective.epsilon": 0.01})
     assert lower == {**asked, "epsilon": 0.01}
+
+
+def test_options_of_an_own_objective_keep_their_types(kdlib: Command, options: dict[str, Any], place: Path) -> None:
+    """Whatever its file imports: the classes that it is derived from need names that it does not have."""
+    (place / "near.py").write_text(OWN)
+    wrong = kdlib("distill", **options, objective=f"{place / 'near.py'}:Near", **{"objective.factor": "big"})
+    assert wrong.code == 2 and "expected float, not 'big'" in wrong.err and wrong.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["Sinkhorn", "{Sinkhorn: {epsilon: 0.1}}"])

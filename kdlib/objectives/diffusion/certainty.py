@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from kdlib.kernels.outcomes import entropy
 from kdlib.objectives.base import RowObjective
 from kdlib.objectives.cross_entropy import CrossEntropy
 from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View
-from kdlib.types import DenseView, Loss, StudentSignal, Support, TeacherSignal
+from kdlib.types import DenseView, Loss, StudentSignal, TeacherSignal
 from kdlib.types import View as Rows
 
 
@@ -22,7 +22,7 @@ from kdlib.types import View as Rows
 class Entropy(RowObjective):
     """H(softmax(z / T)) in nats; needs neither teacher nor labels."""
 
-    accepts: ClassVar[Support | None] = None
+    accepts = None
 
     def row(self, q: Rows, p: Rows | None, labels: Tensor) -> Tensor:
         return self.factor * entropy(q.at(self.temperature).logp)
@@ -32,7 +32,7 @@ class Entropy(RowObjective):
 class Right(RowObjective):
     """1 where the likeliest token is the label, 0 elsewhere; without gradient."""
 
-    accepts: ClassVar[Support | None] = None
+    accepts = None
 
     def row(self, q: Rows, p: Rows | None, labels: Tensor) -> Tensor:
         assert isinstance(q, DenseView)
@@ -51,8 +51,8 @@ class CertaintyForcing(DiffusionObjective):
     step's masked tokens, as how many are right is known after the forward pass alone.
     """
 
-    masking: ClassVar[str] = "blocks"
-    accepts: ClassVar[Support | None] = None
+    masking = "blocks"
+    accepts = None
     weight: float = 2.0
     temperature: float = 0.5
     complementary: bool = True

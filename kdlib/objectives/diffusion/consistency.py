@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
@@ -31,7 +30,7 @@ class MaskConsistency(DiffusionObjective):
     last, here one teacher does both, and the published weights are not known to us.
     """
 
-    masking: ClassVar[str] = "uniform"
+    masking = "uniform"
     divergence: RowObjective = field(default_factory=ForwardKL)
     weight: float = 1.0
     cross_entropy_weight: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from kdlib.diffusion.noise import Noise
 from kdlib.kernels import linear_objective
 from kdlib.objectives.cross_entropy import CrossEntropy
 from kdlib.objectives.diffusion.base import Corruption, DiffusionObjective, Scored, View
-from kdlib.types import Loss, StudentSignal, Support, TeacherSignal
+from kdlib.types import Loss, StudentSignal, TeacherSignal
 
 CART = 0.3  # Dream's geometric distribution over distances
 Weighting = Literal["elbo", "uniform", "cart"]
@@ -31,8 +31,8 @@ class MaskedELBO(DiffusionObjective):
     normalize token: n is that of all rows; sequence: each row is divided by its own n, the sum by the rows that have one.
     """
 
-    masking: ClassVar[str] = "uniform"
-    accepts: ClassVar[Support | None] = None
+    masking = "uniform"
+    accepts = None
     weighting: Weighting = "elbo"
     normalize: Normalize = "token"
 

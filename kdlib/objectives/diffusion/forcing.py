@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
 
 import torch
 
@@ -25,9 +24,9 @@ class DiffusionForcing(DiffusionObjective):
     cross-entropy, and is 0 where both agree.
     """
 
-    masking: ClassVar[str] = "monotone"
-    student_attention: ClassVar[Literal["block_causal"] | None] = "block_causal"
-    copies_student: ClassVar[bool] = True
+    masking = "monotone"
+    student_attention = "block_causal"
+    copies_student = True
     divergence: RowObjective = field(default_factory=ForwardKL)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 
@@ -28,8 +27,8 @@ class StepHalving(DiffusionObjective):
     The reference gives MASK no mass in either model and draws t from its grid of steps; here t is the noise's own.
     """
 
-    masking: ClassVar[str] = "uniform"
-    copies_student: ClassVar[bool] = True
+    masking = "uniform"
+    copies_student = True
     divergence: RowObjective = field(default_factory=ReverseKL)
     teacher_steps: int = 2
     sampling_steps: int = 1024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from kdlib.types import View as Rows
 class SharpenedRows(RowObjective):
     """KL(softmax(z_teacher / temperature) || q) where the teacher's likeliest token is the label, 0 elsewhere; q at 1."""
 
-    accepts: ClassVar[Support | None] = Support.FULL
+    accepts = Support.FULL
 
     @property
     def reads_labels(self) -> bool:
@@ -45,9 +44,9 @@ class SharpenedKL(DiffusionObjective):
     abstract was at hand: the teacher reads the student's own view, the student is not tempered, the divisor, the defaults.
     """
 
-    masking: ClassVar[str] = "blocks"
-    accepts: ClassVar[Support | None] = Support.FULL
-    copies_student: ClassVar[bool] = True
+    masking = "blocks"
+    accepts = Support.FULL
+    copies_student = True
     temperature: float = 0.5
     weight: float = 1.0
     cross_entropy_weight: float = 1.0

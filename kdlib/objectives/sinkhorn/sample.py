@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class SampleTransport(RowObjective):
     options: Sinkhorn
     points: TokenPoints
 
-    accepts: ClassVar[Support | None] = Support.FULL | Support.TOPK
+    accepts = Support.FULL | Support.TOPK
 
     @property
     def same_vocabulary(self) -> bool:
