@@ -83,10 +83,13 @@ DIFFUSION = [file for name, file in recipes().items() if name.startswith(("diffu
 EXAMPLE = Path(__file__).parents[2] / "examples" / "dllm.yaml"
 
 
-@pytest.mark.parametrize("name", [name for name in recipes() if not name.startswith(OTHER_COMMANDS)])
-def test_every_recipe_is_a_configuration_that_parses(name: str) -> None:
+DISTILL = [file for name, file in recipes().items() if not name.startswith(OTHER_COMMANDS)]
+
+
+@pytest.mark.parametrize("file", [*DISTILL, EXAMPLE.with_name("sinkhorn.yaml")], ids=lambda file: file.stem)
+def test_every_recipe_is_a_configuration_that_parses(file: Path) -> None:
     classes = [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig]
-    options = parse("distill", "", classes, ["--config", str(recipes()[name])])
+    options = parse("distill", "", classes, ["--config", str(file)])
     assert options is not None and options.config["output_dir"].startswith("runs/")
 
 
