@@ -120,7 +120,8 @@ def _objectives(*, diffusion: bool) -> list[tuple[str, str, str]]:
     rows = []
     for name in objective_names(diffusion=diffusion):
         cls = getattr(home, name)
-        own = [field for field in dataclasses.fields(cls) if diffusion or field.name not in ("temperature", "t_squared")]
+        shared = ("temperature", "t_squared") if issubclass(cls, home.RowObjective) else ()
+        own = [field for field in dataclasses.fields(cls) if field.name not in shared]
         options = ", ".join(f"{field.name}={shown_default(cls, field.name)}" for field in own)
         rows.append((name, options, _title(cls)))
     base = "DiffusionObjective" if diffusion else "RowObjective"
@@ -130,9 +131,9 @@ def _objectives(*, diffusion: bool) -> list[tuple[str, str, str]]:
     return [
         *rows,
         (
-            "all of them",
+            "row by row",
             "temperature=1.0, t_squared=false",
-            "divides both models' logits; multiplies the loss by temperature squared",
+            "of all but Sinkhorn: divides both models' logits; multiplies the loss by temperature squared",
         ),
     ]
 

@@ -192,10 +192,11 @@ def _check_temperature(teacher: CachedTeacher | VLLMTeacher, objective: Objectiv
     for name, temperature in _temperatures(objective):
         if temperature == teacher.temperature:
             continue
+        option = "objective.temperature" if name == type(objective).__name__ else f"the temperature of {name}"
         again = f"run kdlib cache again with --temperature {temperature}"
         raise ValueError(
             f"{name} has temperature {temperature}, the teacher's log-probs are at {teacher.temperature}: "
-            f"set objective.temperature to {teacher.temperature}, or "
+            f"set {option} to {teacher.temperature}, or "
             + (again if isinstance(teacher, CachedTeacher) else "use signal hidden (a pooling server)")
         )
 

@@ -52,7 +52,8 @@ class Sinkhorn(Objective):
     vectors (cosine, sqeuclidean, l1), and whose they are: the teacher's or the student's input embeddings, "surface" (byte
     n-grams of the tokens' text), or a .safetensors file with one tensor [V, F].
 
-    ValueError for options out of range or without effect together; sampled signals cannot feed it.
+    Options of the other geometry are not read. ValueError for options out of range and for ``debiased`` rows with ``top_k``;
+    sampled signals cannot feed it.
     """
 
     epsilon: float = 0.1
