@@ -25,11 +25,16 @@ GPU_CHUNK_BYTES = 2**30
 
 def chunked(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective, metrics: bool) -> Loss:
     """``linear_objective`` by chunks, for any row objective on any device; differentiable once."""
-    head, hidden = student.head, student.hidden
-    lora_a, lora_b, _ = head.lora or (None, None, 0.0)
     job = _job(student, teacher, objective, metrics=metrics)
-    sums = _SinglePass.apply(hidden, head.weight, head.bias, lora_a, lora_b, job)
-    return Loss(sum=sums, count=len(hidden), metrics=summed({k: torch.cat(v) for k, v in job.found.items()}))
+    sums = _SinglePass.apply(*inputs_of(student), job)
+    return Loss(sum=sums, count=len(student.hidden), metrics=summed({k: torch.cat(v) for k, v in job.found.items()}))
+
+
+def inputs_of(student: StudentSignal) -> list[Tensor | None]:
+    """What gradients go to: hidden states, the head's weight and bias, and its LoRA pair."""
+    head = student.head
+    lora_a, lora_b, _ = head.lora or (None, None, 0.0)
+    return [student.hidden, head.weight, head.bias, lora_a, lora_b]
 
 
 def chunked_rows(student: StudentSignal, teacher: TeacherSignal | None, objective: RowObjective) -> Tensor:
@@ -43,8 +48,8 @@ def chunked_rows(student: StudentSignal, teacher: TeacherSignal | None, objectiv
 class Job:
     """What is computed of each chunk: ``row(q, p, rows)`` gives [n] or [n, J] of the rows that a slice of 0..N names.
 
-    ``large_blocks``: on CPU ``row`` sees 64 rows at a time instead of the few that stay in cache. ``metrics``
-    are collected into ``found``.
+    ``large_blocks``: on CPU ``row`` sees 64 rows at a time instead of the few that stay in cache. ``metrics`` are collected
+    into ``found``.
     """
 
     student: StudentSignal

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdlib.kernels.chunked import Gradients, Job, run
+from kdlib.kernels.chunked import Gradients, Job, inputs_of, run
 from kdlib.types import DenseView, StudentSignal, View
 
 RowValues = Callable[[DenseView, slice], Tensor]
@@ -27,10 +27,8 @@ def linear_rows(student: StudentSignal, row: RowValues, *, again: RowValues | No
     must be above 0.
     """
     assert len(student.hidden), "no row, so that the number of values of a row is not known"
-    head = student.head
-    lora_a, lora_b, _ = head.lora or (None, None, 0.0)
     with torch.autocast(student.hidden.device.type, enabled=False):  # which would round logits to 16 bits
-        return _TwoPass.apply(student.hidden, head.weight, head.bias, lora_a, lora_b, student, row, again or row)
+        return _TwoPass.apply(*inputs_of(student), student, row, again or row)
 
 
 class _TwoPass(torch.autograd.Function):
@@ -55,12 +53,8 @@ class _TwoPass(torch.autograd.Function):
             values = row(q, rows) * upstream[rows]
             return values if values.ndim == 1 else values.flatten(1).sum(-1)
 
-        head = student.head
-        lora_a, lora_b, _ = head.lora or (None, None, 0.0)
         with torch.autocast(student.hidden.device.type, enabled=False):
-            gradients, _ = run(
-                _job(student, pulled), Gradients(needed, [student.hidden, head.weight, head.bias, lora_a, lora_b]), True
-            )
+            gradients, _ = run(_job(student, pulled), Gradients(needed, inputs_of(student)), True)
         stored = gradients.stored()
         return (*(stored.pop(0)[0] if need else None for need in needed), None, None, None)
 
