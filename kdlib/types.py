@@ -211,10 +211,15 @@ class Positions:
 
     ``index`` [N] into the flattened [B * S] hidden states; ``labels`` [N] the token that follows; ``sequence`` [N] the sequence
     a row belongs to; ``weight`` [N]; ``drawn`` [N] log-prob with which the label was drawn, NaN where it was not;
-    ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``), with ``chunk`` [N]
-    and ``teacher_chunk`` [N'] for another tokenisation. ``total``: what the rows' sum is divided by where that is not their
-    number, as with a mean over all tokens of which a part is scored. ``uniform`` [N]: a number of [0, 1) drawn for each row,
-    by which an objective takes some of them.
+    ``teacher_index`` [N'] into the teacher's own [B * S'] where its input differs (``teacher_input_ids``). ``total``: what the
+    rows' sum is divided by where that is not their number, as with a mean over all tokens of which a part is scored.
+    ``uniform`` [N]: a number of [0, 1) drawn for each row, by which an objective takes some of them.
+
+    ``tokens`` [N]: the token that is read at the position, where an objective asks for it.
+
+    Where the teacher reads another tokenisation: ``other``, its own scored positions [N'] in its own [B * S']. A chunk is the
+    least text that ends with a token on both sides: ``chunk`` [N] says to which chunk of 0..``chunks`` - 1 a row's label
+    belongs, -1 for none, here of the student's tokens and in ``other`` of the teacher's. A chunk's rows follow one another.
     """
 
     index: Tensor
@@ -224,9 +229,11 @@ class Positions:
     drawn: Tensor | None = None
     uniform: Tensor | None = None
     teacher_index: Tensor | None = None
-    chunk: Tensor | None = None
-    teacher_chunk: Tensor | None = None
     total: int | None = None
+    tokens: Tensor | None = None
+    chunk: Tensor | None = None
+    chunks: int = 0
+    other: Positions | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -234,11 +241,11 @@ class Positions:
     def to(self, device: torch.device) -> Positions:
         """The same rows on ``device``."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in self._tensors().items()}
-        return replace(self, **moved)
+        return replace(self, **moved, other=None if self.other is None else self.other.to(device))
 
     def kept(self, keep: Tensor) -> Positions:
         """The rows where ``keep`` [N] is true."""
-        assert self.chunk is None and self.teacher_chunk is None, "rows of an aligned chunk cannot be left out alone"
+        assert self.chunk is None, "rows of an aligned chunk cannot be left out alone"
         assert self.total is None, "a total counts rows that would be left out"
         keep = keep.to(self.index.device)
         kept: dict[str, Any] = {name: x[keep] for name, x in self._tensors().items()}
