@@ -12,7 +12,7 @@ from rich.console import Console
 
 from kdlib.cli.parsing import parse
 
-DESCRIPTION = """Writes a teacher's top-k (or sampled) log-probs at the scored positions of a dataset;
+DESCRIPTION = """Writes a teacher's top-k (or sampled, or given tokens') log-probs at the scored positions of a dataset;
 then --teacher DIR trains on them.
 
 An interrupted writing continues with the same command."""
@@ -23,13 +23,14 @@ class CacheArguments:
     """Which teacher speaks about which rows, and how much of it is kept.
 
     Args:
-        teacher: the teacher, a path, Hub id, or URL of a vLLM server (hidden or topk).
+        teacher: the teacher, a path, Hub id, or URL of a vLLM server (hidden or topk, for kind given any).
         dataset_name: rows, as for kdlib distill.
         output_dir: the directory to write.
         dataset_config: configuration name of a Hub dataset.
         dataset_train_split: split of the rows.
-        k: how many log-probs per token are kept (or drawn).
-        kind: topk keeps the k likeliest and the mass outside; sampled draws k ids from the teacher.
+        k: how many log-probs per token are kept (or drawn); not for kind given, which keeps one.
+        kind: topk keeps the k likeliest and the mass outside; sampled draws k ids from the teacher; given keeps the log-prob
+            of the token that is in the row, for objectives that score likelihoods of text across tokenizers.
         bits: 32, 16 or 8 bits per log-prob; the error of 8 and 16 bits is measured and written down.
         temperature: the temperature the signals are captured at; the objective must use the same.
         max_length: rows longer than this keep their first max_length tokens; use the same in training.
@@ -53,7 +54,7 @@ class CacheArguments:
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     k: int = 64
-    kind: Literal["topk", "sampled"] = "topk"
+    kind: Literal["topk", "sampled", "given"] = "topk"
     bits: Literal[32, 16, 8] = 16
     temperature: float = 1.0
     max_length: int = 1024
@@ -82,7 +83,7 @@ def run(words: list[str]) -> int:
     tokens = sum(shard.tokens for shard in index.shards)
     console = Console(soft_wrap=True, highlight=False)
     console.print(
-        f"{a.output_dir}: {tokens:,} tokens, {size / max(1, tokens):.1f} bytes a token, k={a.k}, {a.kind}",
+        f"{a.output_dir}: {tokens:,} tokens, {size / max(1, tokens):.1f} bytes a token, k={index.meta.k}, {a.kind}",
         markup=False,
     )
     console.print(f"next    {_next_command(a)}", markup=False)
@@ -116,9 +117,11 @@ def _write(a: CacheArguments) -> Any:
     device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loading = {"dtype": a.dtype, "trust_remote_code": a.trust_remote_code}
     quantized = {"load_in_8bit": a.load_in_8bit, "load_in_4bit": a.load_in_4bit}
-    served = {**loading, "k": a.k, "model": a.teacher_checkpoint}
+    served = {**loading, "k": 1 if a.kind == "given" else a.k, "model": a.teacher_checkpoint}
     options = {**loading, **quantized, "attn_implementation": a.attn_implementation, "served": served}
     teacher = resolve_teacher(a.teacher, options)
+    if a.kind == "given" and isinstance(teacher, VLLMTeacher) and teacher.kind == "topk":
+        teacher = resolve_teacher(a.teacher, {**options, "served": {**served, "signal": "sampled"}})
     if not isinstance(teacher, HFTeacher | VLLMTeacher):
         raise ValueError(f"teacher {a.teacher} is a cache already: give the model, or the URL that serves it")
     if isinstance(teacher, HFTeacher):

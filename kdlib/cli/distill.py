@@ -21,11 +21,16 @@ class DistillRun(Run):
     command, description = "distill", DESCRIPTION
 
     def make_trainer(self, **given: Any) -> DistillationTrainer:
-        from kdlib.objectives import Sinkhorn
-        from kdlib.trainers import DistillationTrainer, SinkhornTrainer
+        return self._trainer_class()(self.arguments.model, self.arguments.teacher, **given)
 
-        trainer = SinkhornTrainer if isinstance(self.arguments.objective, Sinkhorn) else DistillationTrainer
-        return trainer(self.arguments.model, self.arguments.teacher, **given)
+    def _trainer_class(self) -> type[DistillationTrainer]:
+        """The trainer of the objective."""
+        from kdlib.objectives import CrossTokenizerObjective, Sinkhorn
+        from kdlib.trainers import CrossTokenizerTrainer, DistillationTrainer, SinkhornTrainer
+
+        if isinstance(self.arguments.objective, CrossTokenizerObjective):
+            return CrossTokenizerTrainer
+        return SinkhornTrainer if isinstance(self.arguments.objective, Sinkhorn) else DistillationTrainer
 
 
 def run(words: list[str], *, quiet: bool = False) -> int:

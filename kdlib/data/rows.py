@@ -69,6 +69,7 @@ def prepare_dataset(
     skip_bad_rows: bool = False,
     prompts_only: bool = False,
     num_proc: int | None = None,
+    keep_source: bool = False,
 ) -> Prepared:
     """Tokenise and label ``rows``; one longer than ``max_length`` tokens is cut and not taught to end there.
 
@@ -76,6 +77,7 @@ def prepare_dataset(
     kind and for a row that teaches nothing, which ``skip_bad_rows`` drops and counts instead.
     prompts_only: rows may end before the answer (``prompt`` alone, ``messages`` that end with another's turn);
     they become the rendered prompt with its generation prompt, and nothing in them is scored.
+    keep_source: a column ``source``, which of ``rows`` each came from.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a row needs 2 tokens, one to predict and one before it")
@@ -90,6 +92,8 @@ def prepare_dataset(
         "prompts_only": prompts_only,
     }
     features = _features(rows.column_names)
+    if keep_source:
+        features["source"] = Value("int64")
     if packing and "teacher_prompt_ids" in features:
         raise ValueError("packing puts several rows into one, which a teacher_prompt cannot stand before: leave packing out")
     tokenised = rows.map(
@@ -100,7 +104,7 @@ def prepare_dataset(
         features=features,
         num_proc=num_proc,
         desc="Tokenizing",
-        new_fingerprint=_fingerprint(rows, chat, **settings),
+        new_fingerprint=_fingerprint(rows, chat, **settings, **({"source": True} if keep_source else {})),
     )
     return _counted(tokenised, packing=packing, max_length=max_length)
 
@@ -150,7 +154,7 @@ class _Preparer:
         for index, row, draft in zip(indices, rows, drafts, strict=True):
             made = self._tried(index, self._token_rows, draft, encoded) if isinstance(draft, Draft) else draft
             for values in _skipped(made) if isinstance(made, BadRowError) else _kept(*made):
-                values["teacher"] = row.get("teacher")
+                values |= {"teacher": row.get("teacher"), "source": index}
                 for name in columns:
                     columns[name].append(values[name])
         return columns

@@ -4,6 +4,7 @@ from kdlib.objectives.acceptance import LKHybrid, NegLogAcceptance
 from kdlib.objectives.alpha_beta import AlphaBeta
 from kdlib.objectives.base import Divergence, Objective, RowObjective
 from kdlib.objectives.combine import Sum
+from kdlib.objectives.cross import ALM, ULD, CrossTokenizerObjective, HybridULD, Tables
 from kdlib.objectives.cross_entropy import CrossEntropy
 from kdlib.objectives.diffusion import (
     CertaintyForcing,
@@ -30,17 +31,21 @@ from kdlib.objectives.topk import DecoupledTopK, PlackettLuce
 from kdlib.objectives.total_variation import TotalVariation
 
 __all__ = [
+    "ALM",
     "TAID",
+    "ULD",
     "AdaptiveKL",
     "AlphaBeta",
     "BalancedKL",
     "CertaintyForcing",
     "CrossEntropy",
+    "CrossTokenizerObjective",
     "DecoupledTopK",
     "DiffusionForcing",
     "Divergence",
     "ForwardKL",
     "GeneralizedJSD",
+    "HybridULD",
     "Interpolated",
     "LKHybrid",
     "MaskConsistency",
@@ -58,5 +63,6 @@ __all__ = [
     "SkewReverseKL",
     "StepHalving",
     "Sum",
+    "Tables",
     "TotalVariation",
 ]

@@ -133,6 +133,11 @@ class VLLMTeacher:
         return int(self._config.get_text_config().vocab_size)
 
     @property
+    def hidden_size(self) -> int:
+        """The width of the model's hidden states."""
+        return int(self._config.get_text_config().hidden_size)
+
+    @property
     def command(self) -> str:
         """The ``vllm serve`` line that this teacher needs."""
         step = None if self.kind == "hidden" else self._step

@@ -11,6 +11,7 @@ from kdlib.lazy import exports
 
 if TYPE_CHECKING:
     from kdlib.trainers.config import DistillationConfig
+    from kdlib.trainers.cross_tokenizer import CrossTokenizerTrainer
     from kdlib.trainers.diffusion import DiffusionDistillationTrainer, DiffusionTrainer
     from kdlib.trainers.diffusion_config import DiffusionConfig
     from kdlib.trainers.distillation import DistillationTrainer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kdlib.trainers.sinkhorn import SinkhornTrainer
 
 _HOME = {
+    "CrossTokenizerTrainer": "cross_tokenizer",
     "DiffusionConfig": "diffusion_config",
     "DiffusionDistillationTrainer": "diffusion",
     "DiffusionTrainer": "diffusion",
@@ -36,6 +38,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CrossTokenizerTrainer",
     "DiffusionConfig",
     "DiffusionDistillationTrainer",
     "DiffusionTrainer",

@@ -46,6 +46,8 @@ class DistillationConfig(TrainingArguments):
         teacher_load_in_4bit: load the teacher in 4 bits (needs bitsandbytes).
         teacher_backend: hf runs a teacher's path with transformers, vllm in an engine in this process.
         teacher_checkpoint: path or Hub id of what the teacher's URL serves, where the server's own name for it is neither.
+        teacher_tokenizer: path or Hub id of the tokenizer of a teacher with another one than the student, where it does not lie
+            beside the teacher (a cache).
         signal: what a served teacher says: hidden (exact, needs a pooling server), topk or sampled; auto takes what the
             server has.
         signal_top_k: how many log-probs per token a served teacher gives with signal topk.
@@ -101,6 +103,7 @@ class DistillationConfig(TrainingArguments):
     teacher_load_in_4bit: bool = False
     teacher_backend: Literal["hf", "vllm"] = "hf"
     teacher_checkpoint: str | None = None
+    teacher_tokenizer: str | None = None
     signal: Literal["auto", "hidden", "topk", "sampled"] = "auto"
     signal_top_k: int = 64
     teacher_timeout: float = 120.0

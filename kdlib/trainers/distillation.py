@@ -59,6 +59,7 @@ class DistillationTrainer(SummedEvaluation):
     selects_rows = False  # whether ``prepare`` chooses rows for SelectiveKL
     masks_rows = False  # whether ``prepare`` masks rows for a DiffusionObjective
     transports_rows = False  # whether the loss is Sinkhorn's beside that of its divergence
+    aligns_rows = False  # whether the teacher reads rows in tokens of its own, for a CrossTokenizerObjective
     loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
 
     def __init__(
@@ -85,18 +86,20 @@ class DistillationTrainer(SummedEvaluation):
             selects_rows=self.selects_rows,
             masks_rows=self.masks_rows,
             transports_rows=self.transports_rows,
+            aligns_rows=self.aligns_rows,
         )
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)
-        self.vocab_size = setup.match_tokenizers(self.teacher, tokenizer, args)
-        self.train_rows = setup.prepared(train_dataset, tokenizer, args, packing=args.packing, training=True)
-        self.eval_rows = setup.prepared(eval_dataset, tokenizer, args, packing=False)
+        self.vocab_size = self.match_teacher(tokenizer, args)
+        self.train_rows = self.prepared(train_dataset, tokenizer, args, training=True)
+        self.eval_rows = self.prepared(eval_dataset, tokenizer, args, training=False)
         for rows in (self.train_rows, self.eval_rows):
             setup.check_labels(rows, self.vocab_size)
-        setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
+        self.check_teacher_rows()
         setup.check_rollouts(self.teacher, self.objective, args)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
         self.check_student(student)
+        self.extend_student(student, args)
         setup.check_reading(student, self.teacher, masks_rows=self.masks_rows)
         self.published_dtype = setup.published_dtype(model, args)
         attention: str | None = student.config._attn_implementation  # type: ignore[union-attr, assignment]
@@ -104,7 +107,7 @@ class DistillationTrainer(SummedEvaluation):
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator or DistillationCollator(tokenizer.pad_token_id, flatten=flat),
+            data_collator=data_collator or self.collator(tokenizer, flatten=flat),
             train_dataset=None if self.train_rows is None else setup.repeated(self.train_rows.dataset, args),
             eval_dataset=None if self.eval_rows is None else self.eval_rows.dataset,
             processing_class=tokenizer,
@@ -127,6 +130,29 @@ class DistillationTrainer(SummedEvaluation):
         self.remove_callback(PrinterCallback)
         for callback in (StepHooks(self), MetricsWriter(), self.signals_received, *([] if args.disable_tqdm else [Progress()])):
             self.add_callback(callback)
+
+    # What a method may make of its arguments
+
+    def match_teacher(self, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> int:
+        """What the student's logits are cut to; ValueError for a teacher that speaks other tokens."""
+        return setup.match_tokenizers(self.teacher, tokenizer, args)
+
+    def prepared(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, *, training: bool
+    ) -> setup.Prepared | None:
+        """Token rows of what users give as a dataset; those of evaluation are never packed."""
+        return setup.prepared(rows, tokenizer, args, packing=args.packing and training, training=training)
+
+    def check_teacher_rows(self) -> None:
+        """ValueError before training for rows that the teacher does not know."""
+        setup.check_cached(self.teacher, self.train_rows, self.eval_rows)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, *, flatten: bool) -> Any:
+        """What makes batches of prepared rows."""
+        return DistillationCollator(tokenizer.pad_token_id, flatten=flatten)
+
+    def extend_student(self, student: nn.Module, args: DistillationConfig) -> None:
+        """Gives the student what the objective trains with it."""
 
     # What a method defines
 
@@ -297,7 +323,8 @@ class DistillationTrainer(SummedEvaluation):
         if "loss" in logs and "grad_norm" in logs:
             self._window.add(self.teacher_signals.bad_rows())
             logs |= self._window.means(self.accelerator) | self._watch.seconds() | self._throughput()
-            logs |= {f"objective/{key}": value for key, value in self.objective_state.items() if key.split(".")[-1] == "t"}
+            shown = {key: value for key, value in self.objective_state.items() if key.split(".")[-1] == "t" or "weight." in key}
+            logs |= {f"objective/{key}": value for key, value in shown.items()}
             if self.on_policy is not None and self.is_world_process_zero():
                 self.on_policy.log.logged(logs, step=self.state.global_step)
             if not math.isfinite(logs["loss"]):

@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 
 from kdlib import layouts
 
+MODULES = "kdlib_modules"  # what a student carries for its objective, and is not published with
+
 
 def save_final(trainer: Any, directory: Path) -> Path:
     """Writes the student as safetensors in the dtype it was published in, with tokenizer and generation config.
@@ -34,7 +36,8 @@ def save_final(trainer: Any, directory: Path) -> Path:
         model, state = _merged(model), None
     if not isinstance(model, PeftModel):
         _generation_config(model, trainer.processing_class)
-        weights = _cast(state or model.state_dict(), dtype)
+        state = state or model.state_dict()
+        weights = _cast({name: x for name, x in state.items() if not name.startswith(f"{MODULES}.")}, dtype)
         if not layouts.save(model, directory, state_dict=weights, dtype=dtype):
             model.save_pretrained(directory, state_dict=weights)
             model.config.dtype, kept = dtype, model.config.dtype  # save_pretrained has written the dtype trained in

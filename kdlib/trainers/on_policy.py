@@ -70,7 +70,7 @@ class OnPolicy:
     def _stop_ids(self, model: torch.nn.Module) -> tuple[int, ...]:
         """What ends a completion; student and teacher are compared in it, and in their thinking mode."""
         tokenizer, template = self.trainer.processing_class, self.trainer.args.chat_template_kwargs or {}
-        for member in leaves(self.trainer.teacher):
+        for member in () if self.trainer.aligns_rows else leaves(self.trainer.teacher):
             if isinstance(member, HFTeacher | VLLMTeacher) and member.tokenizer is not None:
                 turns.warn(turns.compare(tokenizer, member.tokenizer, template))
         generation = inner(model).generation_config

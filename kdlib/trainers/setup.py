@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from kdlib.data import Prepared, load_rows, prepare_dataset
 from kdlib.models import check_causal, load_config, load_model, load_tokenizer
 from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, Sinkhorn, SkewReverseKL, Sum
+from kdlib.objectives.cross import CrossTokenizerObjective
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import explain_difference, same_tokenizer
@@ -140,7 +141,7 @@ def check_reading(student: nn.Module, teacher: Teacher | None, *, masks_rows: bo
 
 
 def checked_objective(
-    objective: Objective, *, selects_rows: bool, masks_rows: bool, transports_rows: bool = False
+    objective: Objective, *, selects_rows: bool, masks_rows: bool, transports_rows: bool = False, aligns_rows: bool = False
 ) -> Objective:
     """The objective; ValueError for what is none, and for one of another trainer, where nothing would select or mask rows."""
     if not isinstance(objective, Objective):
@@ -153,6 +154,9 @@ def checked_objective(
         raise ValueError(f"{type(objective).__name__} is a loss of masked views: train with kdlib diffusion (DiffusionTrainer)")
     if isinstance(objective, Sinkhorn) and not transports_rows:
         raise ValueError("Sinkhorn is a loss of groups of rows: train with kdlib distill (SinkhornTrainer)")
+    if isinstance(objective, CrossTokenizerObjective) and not aligns_rows:
+        name = type(objective).__name__
+        raise ValueError(f"{name} is a loss between two tokenizers: train with kdlib distill (CrossTokenizerTrainer)")
     return objective
 
 
@@ -227,7 +231,7 @@ def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
         raise ValueError(
             "student and teacher have different tokenizers, so their logits mean different tokens: "
             f"{explain_difference(student, teacher)}; "
-            "that takes CrossTokenizerTrainer, which is not in this version"
+            "choose an objective between tokenizers, such as ALM (CrossTokenizerTrainer)"
         )
 
 
@@ -257,22 +261,28 @@ def prepared(
     """Token rows from a path, a list, a raw Dataset or an already prepared one."""
     if rows is None or isinstance(rows, Prepared):
         return rows
+    found = opened(rows)
+    if {"input_ids", "labels", "sample_id"} <= set(found.column_names):
+        return Prepared(dataset=found, skipped=0, reasons={}, truncated=0)
+    return prepare_dataset(found, tokenizer, packing=packing, **preparation(args, training=training))
+
+
+def opened(rows: str | list[dict[str, Any]] | Dataset) -> Dataset:
+    """The rows of a path, a list or a Dataset."""
     if isinstance(rows, str):
-        rows = load_rows(rows)
-    if isinstance(rows, list):
-        rows = Dataset.from_list(rows)
-    if {"input_ids", "labels", "sample_id"} <= set(rows.column_names):
-        return Prepared(dataset=rows, skipped=0, reasons={}, truncated=0)
-    return prepare_dataset(
-        rows,
-        tokenizer,
-        max_length=args.max_length,
-        chat_template_kwargs=args.chat_template_kwargs,
-        packing=packing,
-        skip_bad_rows=args.skip_bad_rows,
-        num_proc=args.dataset_num_proc,
-        prompts_only=training and args.on_policy_fraction == 1.0,
-    )
+        return load_rows(rows)
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
+
+
+def preparation(args: DistillationConfig, *, training: bool) -> dict[str, Any]:
+    """How rows become token rows, for any tokenizer."""
+    return {
+        "max_length": args.max_length,
+        "chat_template_kwargs": args.chat_template_kwargs,
+        "skip_bad_rows": args.skip_bad_rows,
+        "num_proc": args.dataset_num_proc,
+        "prompts_only": training and args.on_policy_fraction == 1.0,
+    }
 
 
 def repeated(rows: Dataset, args: DistillationConfig) -> Any:

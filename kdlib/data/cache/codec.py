@@ -23,7 +23,7 @@ _MINUS_INF = 255
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """``ids`` [n, k] int32, ``logp`` [n, k], ``rest`` [n]: log of the mass outside, None for sampled ids."""
+    """``ids`` [n, k] int32, ``logp`` [n, k], ``rest`` [n]: log of the mass outside, None for sampled and given ids."""
 
     ids: NDArray
     logp: NDArray

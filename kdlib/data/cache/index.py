@@ -18,9 +18,10 @@ FORMAT_VERSION = 1
 class CacheMeta:
     """Everything a cache's content depends on; a writing resumes only when all of it is equal.
 
-    kind: ``topk`` (k likeliest tokens and the log mass outside) or ``sampled`` (k tokens drawn from p).
+    kind: ``topk`` (k likeliest tokens and the log mass outside), ``sampled`` (k tokens drawn from p) or ``given`` (the token
+        that is in the row, k = 1).
     tokenizer, template, dataset: fingerprints; dataset_size counts dataset rows (a packed row is one).
-    seed: of the draws; None for topk. Raises ValueError for values that make no cache.
+    seed: of the draws; None for topk and given. Raises ValueError for values that make no cache.
     """
 
     kind: str
@@ -37,8 +38,10 @@ class CacheMeta:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("topk", "sampled"):
-            raise ValueError(f"kind={self.kind!r}: a cache is topk or sampled")
+        if self.kind not in ("topk", "sampled", "given"):
+            raise ValueError(f"kind={self.kind!r}: a cache is topk, sampled or given")
+        if self.kind == "given" and self.k != 1:
+            raise ValueError(f"k={self.k}: a cache of kind given keeps one log-prob per token, that of the row's own")
         if self.k < 1 or (self.kind == "topk" and self.k > self.vocab_size):
             raise ValueError(f"k={self.k}: choose between 1 and the vocabulary's {self.vocab_size} entries")
         if self.logp_bits not in (8, 16, 32):

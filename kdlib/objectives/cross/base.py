@@ -18,10 +18,10 @@ Pair = tuple[Tensor, Tensor]
 class Tables:
     """What is known of student and teacher beside their signals; each set where the objective ``needs`` it.
 
-    shared: ids ([M], [M]) of the tokens that spell the same bytes, a token of one side at most once. spaces: which tokens begin
-    with white space or are special ([V], [V'] bool). projection: for each student token the teacher's tokens that it becomes, ids
-    [V, K] and weights [V, K] that sum to 1 (0 where it has fewer; all 0 where it has none). embeddings: both models' input
-    embeddings ([V, D], [V', D']). modules: what ``build_modules`` made, trained with the student.
+    shared: ids ([M], [M]) of the tokens that spell the same bytes, a token of one side at most once. spaces: which tokens
+    begin with white space or are special ([V], [V'] bool). projection: for each student token the teacher's tokens that it
+    becomes, ids [V, K] and weights [V, K] that sum to 1 (0 where it has fewer; all 0 where it has none). embeddings: both
+    models' input embeddings ([V, D], [V', D']). modules: what ``build_modules`` made, trained with the student.
     """
 
     shared: Pair | None = None
@@ -85,6 +85,8 @@ def tables_of(objective: CrossTokenizerObjective, tables: Tables | None) -> Tabl
     """The tables; ValueError where one that the objective needs is not there."""
     missing = [name for name in objective.needs if tables is None or getattr(tables, name) is None]
     if missing:
-        name = type(objective).__name__
-        raise ValueError(f"{name} needs {' and '.join(missing)} of both sides: train with CrossTokenizerTrainer, or give Tables")
+        raise ValueError(
+            f"{type(objective).__name__} needs {' and '.join(missing)} of both sides: train with CrossTokenizerTrainer, "
+            "or give Tables"
+        )
     return tables or Tables()
