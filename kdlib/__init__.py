@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from kdlib.diffusion import DiffusionSpec
     from kdlib.eval import evaluate
     from kdlib.objectives import (
+        ALM,
         TAID,
+        ULD,
         AdaptiveKL,
         AlphaBeta,
         BalancedKL,
@@ -23,13 +25,17 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         CrossEntropy,
         DecoupledTopK,
         DiffusionForcing,
+        DualSpace,
         ForwardKL,
         GeneralizedJSD,
+        HybridULD,
         LKHybrid,
         MaskConsistency,
         MaskedELBO,
+        MultiLevelOT,
         NegLogAcceptance,
         PlackettLuce,
+        ProjectedKL,
         ReverseKL,
         SampledReverseKL,
         SelectiveKL,
@@ -44,6 +50,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from kdlib.samplers import RolloutConfig
     from kdlib.teachers import CachedTeacher, EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher
     from kdlib.trainers import (
+        CrossTokenizerTrainer,
         DiffusionConfig,
         DiffusionDistillationTrainer,
         DiffusionTrainer,
@@ -59,13 +66,16 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
 __all__ = [
+    "ALM",
     "TAID",
+    "ULD",
     "AdaptiveKL",
     "AlphaBeta",
     "BalancedKL",
     "CachedTeacher",
     "CertaintyForcing",
     "CrossEntropy",
+    "CrossTokenizerTrainer",
     "DecoupledTopK",
     "DiffusionConfig",
     "DiffusionDistillationTrainer",
@@ -75,6 +85,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "DraftTrainer",
+    "DualSpace",
     "EagleConfig",
     "EagleTrainer",
     "EnsembleTeacher",
@@ -82,6 +93,7 @@ __all__ = [
     "GeneralizedJSD",
     "HFTeacher",
     "Head",
+    "HybridULD",
     "JacobiConfig",
     "JacobiTrainer",
     "LKHybrid",
@@ -89,9 +101,11 @@ __all__ = [
     "Loss",
     "MaskConsistency",
     "MaskedELBO",
+    "MultiLevelOT",
     "NegLogAcceptance",
     "PlackettLuce",
     "Positions",
+    "ProjectedKL",
     "ReverseKL",
     "RolloutConfig",
     "RoutedTeacher",
@@ -120,6 +134,7 @@ _ELSEWHERE = {
     "kdlib.teachers": ("CachedTeacher", "EnsembleTeacher", "HFTeacher", "RoutedTeacher", "SelfTeacher", "VLLMTeacher"),
     "kdlib.diffusion": ("DiffusionSpec",),
     "kdlib.trainers": (
+        "CrossTokenizerTrainer",
         "DiffusionConfig",
         "DiffusionDistillationTrainer",
         "DiffusionTrainer",

@@ -25,7 +25,8 @@ class DistillRun(Run):
 
     def _trainer_class(self) -> type[DistillationTrainer]:
         """The trainer of the objective."""
-        from kdlib.objectives import CrossTokenizerObjective, Sinkhorn
+        from kdlib.objectives import Sinkhorn
+        from kdlib.objectives.cross import CrossTokenizerObjective
         from kdlib.trainers import CrossTokenizerTrainer, DistillationTrainer, SinkhornTrainer
 
         if isinstance(self.arguments.objective, CrossTokenizerObjective):

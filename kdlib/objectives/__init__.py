@@ -4,7 +4,7 @@ from kdlib.objectives.acceptance import LKHybrid, NegLogAcceptance
 from kdlib.objectives.alpha_beta import AlphaBeta
 from kdlib.objectives.base import Divergence, Objective, RowObjective
 from kdlib.objectives.combine import Sum
-from kdlib.objectives.cross import ALM, ULD, CrossTokenizerObjective, HybridULD, Tables
+from kdlib.objectives.cross import ALM, ULD, DualSpace, HybridULD, MultiLevelOT, ProjectedKL
 from kdlib.objectives.cross_entropy import CrossEntropy
 from kdlib.objectives.diffusion import (
     CertaintyForcing,
@@ -39,10 +39,10 @@ __all__ = [
     "BalancedKL",
     "CertaintyForcing",
     "CrossEntropy",
-    "CrossTokenizerObjective",
     "DecoupledTopK",
     "DiffusionForcing",
     "Divergence",
+    "DualSpace",
     "ForwardKL",
     "GeneralizedJSD",
     "HybridULD",
@@ -50,9 +50,11 @@ __all__ = [
     "LKHybrid",
     "MaskConsistency",
     "MaskedELBO",
+    "MultiLevelOT",
     "NegLogAcceptance",
     "Objective",
     "PlackettLuce",
+    "ProjectedKL",
     "ReverseKL",
     "RowObjective",
     "SampledReverseKL",
@@ -63,6 +65,5 @@ __all__ = [
     "SkewReverseKL",
     "StepHalving",
     "Sum",
-    "Tables",
     "TotalVariation",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -46,11 +47,14 @@ class GradientBalance:
         return torch.stack([squares.get(name, zero).to(device) for name in self.weights])
 
     def update(self, state: Mapping[str, float], squares: Tensor) -> dict[str, float]:
-        """The state of the next step from ``squares`` of all processes, taken under ``state``; unchanged if a term had none."""
+        """The state of the next step from ``squares`` of all processes, taken under ``state``.
+
+        It stays as it is where a term had no gradient, or one that overflowed.
+        """
         norms = {
             name: max(square**0.5 / state[f"weight.{name}"], TINY)
             for name, square in zip(self.weights, squares.tolist(), strict=True)
-            if square > 0
+            if 0 < square < math.inf
         }
         if len(norms) < len(self.weights):
             return dict(state)

@@ -13,6 +13,7 @@ from kdlib.objectives.cross import Tables
 from kdlib.teachers import HFTeacher, VLLMTeacher
 from kdlib.tokenizers.projection import token_projection
 from kdlib.tokenizers.vocabularies import shared_tokens, space_tokens
+from kdlib.trainers.cross_tokenizer_checks import closing_token
 from kdlib.trainers.final import MODULES
 from kdlib.types import Teacher
 
@@ -69,7 +70,8 @@ def _sizes(trainer: CrossTokenizerTrainer) -> tuple[int, int]:
 
 def _shared(trainer: CrossTokenizerTrainer) -> Pair:
     first, second = trainer.readers
-    return shared_tokens(first.tokenizer, second.tokenizer, sizes=_sizes(trainer))
+    ends = (closing_token(first.tokenizer), closing_token(second.tokenizer))
+    return shared_tokens(first.tokenizer, second.tokenizer, sizes=_sizes(trainer), roles=(ends,))
 
 
 def _spaces(trainer: CrossTokenizerTrainer) -> Pair:

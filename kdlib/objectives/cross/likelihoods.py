@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from kdlib.head import accumulation_dtype
 from kdlib.kernels import linear_rows
-from kdlib.types import DenseView, StudentSignal, Support, TeacherSignal
+from kdlib.types import DenseView, Positions, StudentSignal, Support, TeacherSignal
 
 TEACHER_ROWS = 256  # whose logits are made at a time
+
+FromLogProbs = Callable[[Tensor, Tensor], Tensor]  # (log-probs [n, V], labels [n]) -> [n] or [n, J]
 
 
 def student_likelihoods(student: StudentSignal) -> Tensor:
     """log q(label) [N] of every row at temperature 1, with gradients; no [N, V]."""
-    labels = student.positions.labels
-    if not len(labels):
-        return student.hidden.new_zeros(0)
+    if not len(student.positions):
+        return _no_rows(student)
+    return _student_rows(student, _of_labels)
 
-    def row(q: DenseView, rows: slice) -> Tensor:
-        return q.at(1.0).logp.gather(-1, labels[rows, None])[:, 0]
 
-    return linear_rows(student, row)
+def student_likelihoods_and_mass(student: StudentSignal, tokens: Tensor) -> Tensor:
+    """log q(label) and log sum_v q(v) over the ``tokens`` [V] (bool) of every row [N, 2], with gradients; no [N, V]."""
+    if not len(student.positions):
+        return _no_rows(student)[:, None].expand(0, 2)
+    return _student_rows(student, _with_mass(tokens))
 
 
 @torch.no_grad()
@@ -34,11 +41,15 @@ def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor) -> Tensor:
         if teacher.ids.shape[-1] != 1 or not torch.equal(teacher.ids[:, 0], labels):
             raise ValueError("the teacher's log-probs are not those of the tokens in the row")
         return teacher.logp[:, 0].float() if teacher.logp.dtype.itemsize < 4 else teacher.logp[:, 0]
-    found = [
-        teacher.at(slice(start, start + TEACHER_ROWS), 1.0).logp.gather(-1, labels[start : start + TEACHER_ROWS, None])[:, 0]
-        for start in range(0, len(labels), TEACHER_ROWS)
-    ]
+    found = _teacher_rows(teacher, labels, _of_labels)
     return torch.cat(found) if found else torch.zeros(0, device=labels.device)
+
+
+@torch.no_grad()
+def teacher_likelihoods_and_mass(teacher: TeacherSignal, labels: Tensor, tokens: Tensor) -> Tensor:
+    """log p(label) and log sum_v p(v) over the ``tokens`` [V'] (bool) of every row [N', 2], of a full signal."""
+    found = _teacher_rows(teacher, labels, _with_mass(tokens))
+    return torch.cat(found) if found else torch.zeros(0, 2, device=labels.device)
 
 
 def chunk_sums(rows: Tensor, chunk: Tensor, chunks: int) -> Tensor:
@@ -59,3 +70,48 @@ def last_rows(chunk: Tensor, chunks: int) -> Tensor:
     places = torch.arange(len(chunk), device=chunk.device)
     last = places.new_full((chunks + 1,), -1)
     return last.scatter_reduce(0, chunk.where(chunk >= 0, chunks), places, "amax")[:chunks]
+
+
+def next_rows(positions: Positions) -> tuple[Tensor, Tensor]:
+    """The row that follows the last one of each chunk [C], and whether it is there [C]: scored, and of the same sequence.
+
+    Its hidden state is the one at the chunk's last token, and its distribution is over what comes after the chunk.
+    """
+    assert positions.chunk is not None
+    last = last_rows(positions.chunk, positions.chunks)
+    following = (last + 1).clamp(max=len(positions) - 1)
+    index, sequence = positions.index, positions.sequence
+    return following, (index[following] == index[last] + 1) & (sequence[following] == sequence[last])
+
+
+def _of_labels(logp: Tensor, labels: Tensor) -> Tensor:
+    return logp.gather(-1, labels[:, None])[:, 0]
+
+
+def _with_mass(tokens: Tensor) -> FromLogProbs:
+    """Of a row the log-prob of its label and of ``tokens`` together; a mask, because to list them would wait for the device."""
+
+    def values(logp: Tensor, labels: Tensor) -> Tensor:
+        mass = logp.masked_fill(~tokens, -torch.inf).logsumexp(-1)
+        return torch.stack([_of_labels(logp, labels), mass], -1)
+
+    return values
+
+
+def _student_rows(student: StudentSignal, values: FromLogProbs) -> Tensor:
+    labels = student.positions.labels
+
+    def row(q: DenseView, rows: slice) -> Tensor:
+        return values(q.at(1.0).logp, labels[rows])
+
+    return linear_rows(student, row)
+
+
+def _teacher_rows(teacher: TeacherSignal, labels: Tensor, values: FromLogProbs) -> list[Tensor]:
+    slices = (slice(start, start + TEACHER_ROWS) for start in range(0, len(labels), TEACHER_ROWS))
+    return [values(teacher.at(rows, 1.0).logp, labels[rows]) for rows in slices]
+
+
+def _no_rows(student: StudentSignal) -> Tensor:
+    """[0], part of the graph of the hidden states, so that a loss of it can be differentiated."""
+    return student.hidden.sum(-1).to(accumulation_dtype(student.hidden, student.head.weight))
