@@ -195,7 +195,7 @@ class TeacherSignal:
         return self if self.head is None else replace(self, head=self.head.sliced(vocab_size))
 
     def kept(self, keep: Tensor) -> TeacherSignal:
-        """The rows where ``keep`` [N] is true."""
+        """The rows that ``keep`` names: [N] true or false, or indices in any order."""
         stored = {name: getattr(self, name) for name in ("logits", "hidden", "logp", "ids", "rest")}
         by_row = {name: x for name, x in stored.items() if x is not None and not (name == "ids" and x.ndim == 1)}
         return replace(self, **{name: x[keep.to(x.device)] for name, x in by_row.items()})

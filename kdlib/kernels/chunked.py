@@ -221,7 +221,7 @@ def _buffers(rows: int, head: Head, teacher: TeacherSignal | None, hidden: Tenso
     mine = torch.empty(rows, head.out_features, dtype=accumulation_dtype(hidden, head.weight))
     if teacher is None or teacher.head is None or teacher.hidden is None:
         return mine, None
-    return mine, torch.empty(rows, head.out_features, dtype=accumulation_dtype(teacher.hidden, teacher.head.weight))
+    return mine, torch.empty(rows, teacher.head.out_features, dtype=accumulation_dtype(teacher.hidden, teacher.head.weight))
 
 
 def _slices(total: int, size: int) -> list[slice]:

@@ -1,7 +1,9 @@
-"""Tokenizers compared and named by their content."""
+"""Tokenizers compared and named by their content, their texts aligned by bytes, their tokens carried over to models."""
 
 from __future__ import annotations
 
+from kdlib.tokenizers.align import align
+from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
 from kdlib.tokenizers.identity import (
     explain_difference,
     same_tokenizer,
@@ -10,10 +12,15 @@ from kdlib.tokenizers.identity import (
 )
 from kdlib.tokenizers.pieces import token_bytes
 from kdlib.tokenizers.surface import surface_vectors
+from kdlib.tokenizers.vocabularies import shared_tokens, space_tokens
 
 __all__ = [
+    "align",
+    "byte_tokenizer",
     "explain_difference",
     "same_tokenizer",
+    "shared_tokens",
+    "space_tokens",
     "surface_vectors",
     "template_fingerprint",
     "token_bytes",

@@ -23,6 +23,7 @@ def token_projection(
     sizes: tuple[int, int],
     width: int = 4,
     decay: float = 0.1,
+    roles: Sequence[tuple[int | None, int | None]] = (),
 ) -> tuple[Tensor, Tensor]:
     """(ids [V, K] int64, weights [V, K] float32): the teacher's tokens that each token of the student becomes, K = ``width``.
 
@@ -32,8 +33,9 @@ def token_projection(
     else the one of the same role (bos, eos). All weights are 0 for ids without a token, special tokens without a counterpart,
     parts of characters that the teacher lacks, and texts that its tokenizer changes (checked by the bytes of the pieces).
 
-    ``sizes``: V and V', the rows of both heads. Raises ValueError for ``width`` and ``decay`` out of range and for
-    tokenizers whose bytes are not known (``token_bytes``).
+    ``sizes``: V and V', the rows of both heads. ``roles``: pairs of tokens that do the same, such as those that end a turn,
+    which come before all others; left out where one is None. Raises ValueError for ``width`` and ``decay`` out of range and
+    for tokenizers whose bytes are not known (``token_bytes``).
     """
     if width < 1 or not 0.0 <= decay <= 1.0:
         raise ValueError(f"token_projection needs width >= 1 and decay between 0 and 1, not {width} and {decay}")
@@ -42,6 +44,7 @@ def token_projection(
     becomes = _of_specials(student_tokenizer, teacher_tokenizer, special=special, known=known, size=sizes[1])
     texts = {index: text for index, text in enumerate(ours) if text and index not in special}
     becomes |= _of_texts(texts, theirs, teacher_tokenizer, known=known)
+    becomes |= {i: [j] for i, j in roles if i is not None and j is not None and j < sizes[1]}
     pieces = [becomes.get(index, []) for index in range(sizes[0])]
     ids = torch.tensor([(found + [0] * width)[:width] for found in pieces])
     counts = torch.tensor([min(len(found), width) for found in pieces])

@@ -70,8 +70,13 @@ def _sizes(trainer: CrossTokenizerTrainer) -> tuple[int, int]:
 
 def _shared(trainer: CrossTokenizerTrainer) -> Pair:
     first, second = trainer.readers
-    ends = (closing_token(first.tokenizer), closing_token(second.tokenizer))
-    return shared_tokens(first.tokenizer, second.tokenizer, sizes=_sizes(trainer), roles=(ends,))
+    return shared_tokens(first.tokenizer, second.tokenizer, sizes=_sizes(trainer), roles=(_closing(trainer),))
+
+
+def _closing(trainer: CrossTokenizerTrainer) -> tuple[int | None, int | None]:
+    """The tokens that close a turn on both sides."""
+    first, second = trainer.readers
+    return closing_token(first.tokenizer), closing_token(second.tokenizer)
 
 
 def _spaces(trainer: CrossTokenizerTrainer) -> Pair:
@@ -83,7 +88,7 @@ def _spaces(trainer: CrossTokenizerTrainer) -> Pair:
 
 def _projection(trainer: CrossTokenizerTrainer) -> Pair:
     first, second = trainer.readers
-    return token_projection(first.tokenizer, second.tokenizer, sizes=_sizes(trainer))
+    return token_projection(first.tokenizer, second.tokenizer, sizes=_sizes(trainer), roles=(_closing(trainer),))
 
 
 def _embeddings(trainer: CrossTokenizerTrainer) -> Pair:
