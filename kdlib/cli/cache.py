@@ -91,12 +91,14 @@ def run(words: list[str]) -> int:
 
 
 def _next_command(a: CacheArguments) -> str:
-    """The training that reads this cache: the same rows, cut at the same length."""
+    """The training that reads this cache: the same rows, cut at the same length, and an objective that it feeds."""
     same = {name: getattr(a, name) for name in ("dataset_name", "dataset_config", "dataset_train_split", "max_length")}
     default = {field.name: field.default for field in fields(a)}
     words = [word for name, value in same.items() if value != default[name] for word in (f"--{name}", str(value))]
     if a.chat_template_kwargs:
         words += ["--chat_template_kwargs", json.dumps(a.chat_template_kwargs)]
+    if a.kind == "given":
+        words += ["--objective", "ALM", "--objective.debias", "false", "--objective.threshold", "0"]
     return shlex.join(["kdlib", "distill", "--teacher", a.output_dir, *words, "--model", "STUDENT", "--output_dir", "OUT"])
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "let a teacher answer prompts: verified traces that train as they are",
     "evaluate": "score a model: lm-eval tasks, bits per byte, KL; evaluate acceptance | jacobi | diffusion: decoding",
     "export": "export draft: a directory that vLLM loads; export diffusion: a model with its decoding settings",
+    "transplant": "give a model another tokenizer, or one of bytes, to be distilled from its old self next",
     "plan": "the acceptance that drafts of several shapes need to pay, before anything is trained",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
     "env": "versions and devices, for a bug report",

@@ -19,6 +19,7 @@ from kdlib.head import Head
 from kdlib.keys import draw_key
 from kdlib.models import check_causal, eos_ids, fit_vocabulary
 from kdlib.tokenizers.initial import Method, Plan
+from kdlib.tokenizers.pieces import unknown_ids
 from kdlib.tokenizers.transplant import ROLES, transplant_plan
 from kdlib.trainers.turns import end_of_turn
 
@@ -91,9 +92,16 @@ def speaking(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> tupl
         if isinstance(template, str)
         else {name: _replaced(text, changed) for name, text in template.items()}
     )
-    expected = [_replaced(text, changed) for text in _rendered(old)]
-    same = expected == list(_rendered(made))
-    return made, () if same else ("the chat template reads differently with the new tokenizer's special tokens: check it",)
+    return made, tuple(_doubts(old, made, changed))
+
+
+def _doubts(old: PreTrainedTokenizerBase, made: PreTrainedTokenizerBase, changed: Mapping[str, str]) -> Iterator[str]:
+    """Lines for a chat template that does not read as it did."""
+    texts = list(_rendered(made))
+    if texts != [_replaced(text, changed) for text in _rendered(old)]:
+        yield "the chat template reads differently with the new tokenizer's special tokens: check it"
+    if unknown_ids(made).intersection(made.encode(texts[0], add_special_tokens=False)):
+        yield "the new tokenizer does not know all of the chat template's text: what is unknown to it is lost"
 
 
 def _shown(old: PreTrainedTokenizerBase, template: str | Mapping[str, str]) -> Iterator[AddedToken]:
@@ -106,7 +114,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     for messages in _CONVERSATIONS:
         try:
             yield str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError):
+        except (TemplateError, TypeError, ValueError):
             yield ""
 
 
@@ -138,9 +146,10 @@ def _replaced(text: str, changed: Mapping[str, str]) -> str:
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     try:
-        return end_of_turn(tokenizer, {})
+        found = end_of_turn(tokenizer, {})
     except BadRowError:  # a template that wants more than two plain turns
         return None
+    return None if found in unknown_ids(tokenizer) else found  # text that the tokenizer does not know, behind the turn
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -155,7 +164,6 @@ def _check(model: PreTrainedModel) -> None:
 def _untie(model: PreTrainedModel) -> None:
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # what saving leaves out
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

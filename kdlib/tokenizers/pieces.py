@@ -66,12 +66,42 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = 
 
     Raises ValueError for a tokenizer whose pieces are written in another way.
     """
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    if isinstance(tokenizer, MistralCommonBackend):
+        raise _unknown(tokenizer, "mistral-common's own: load it with AutoTokenizer.from_pretrained(..., mistral_format=False)")
     spelling, pieces = _fast(tokenizer) if tokenizer.is_fast else _python(tokenizer)
     found = {index: spelling.read(piece) for index, piece in pieces.items()}
     for index, token in tokenizer.added_tokens_decoder.items():
         if token.special or index not in pieces:
             found[index] = token.content.encode()
     return [found.get(index, b"") for index in range(max(found, default=-1) + 1 if vocab_size is None else vocab_size)]
+
+
+def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the unknown token, the tokenizer's and its model's; none where the end of a text stands for it (GPT-2)."""
+    from tokenizers.models import Unigram
+
+    found = {tokenizer.unk_token_id}
+    if tokenizer.is_fast:
+        model = tokenizer.backend_tokenizer.model
+        if isinstance(model, Unigram):
+            found.add(json.loads(tokenizer.backend_tokenizer.to_str())["model"]["unk_id"])
+        elif model.unk_token:
+            found.add(model.token_to_id(model.unk_token))
+    return frozenset(found - {None, tokenizer.bos_token_id, tokenizer.eos_token_id})
+
+
+def written(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """How ``text`` is written before the model splits it, words end to end; of a Python tokenizer its known pieces."""
+    if not tokenizer.is_fast:
+        known, unknown = token_bytes(tokenizer), unknown_ids(tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return b"".join(known[index] for index in ids if index not in unknown).decode(errors="replace")
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    return text if backend.pre_tokenizer is None else "".join(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, dict[int, str]]:
@@ -82,8 +112,8 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, dict[int, str]]
         pieces = {index: piece for piece, index in vocabulary.items()}
     else:  # Unigram: [piece, score]
         pieces = {index: piece for index, (piece, _) in enumerate(vocabulary)}
-    decoders = list(_steps(content["decoder"], "decoders"))
-    before = [*_steps(content["normalizer"], "normalizers"), *_steps(content["pre_tokenizer"], "pretokenizers")]
+    decoders = list(steps(content["decoder"], "decoders"))
+    before = [*steps(content["normalizer"], "normalizers"), *steps(content["pre_tokenizer"], "pretokenizers")]
     kinds = {step["type"] for step in decoders}
     spaces = _spaces(tokenizer, decoders, before)
     byte_level = "ByteLevel" in kinds | {step["type"] for step in before}
@@ -98,7 +128,7 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, dict[int, str]]
     ), pieces
 
 
-def _steps(part: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]:
+def steps(part: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or decoder, however deep its sequences."""
     if part is None:
         return
@@ -106,7 +136,7 @@ def _steps(part: dict[str, Any] | None, inside: str) -> Iterator[dict[str, Any]]
         yield part
         return
     for step in part[inside]:
-        yield from _steps(step, inside)
+        yield from steps(step, inside)
 
 
 def _spaces(tokenizer: PreTrainedTokenizerBase, decoders: list[dict[str, Any]], before: list[dict[str, Any]]) -> frozenset[str]:

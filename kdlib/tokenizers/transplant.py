@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdlib.tokenizers.identity import same_tokenizer
 from kdlib.tokenizers.initial import Method, Plan, Sums, adapted, averages, nothing
-from kdlib.tokenizers.pieces import _steps, token_bytes
+from kdlib.tokenizers.pieces import steps, token_bytes
 from kdlib.tokenizers.surface import surface_vectors
 from kdlib.tokenizers.vocabularies import shared_tokens
 
@@ -181,7 +181,7 @@ def _reachable(speller: Speller) -> list[int]:
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
     """A copy that puts no space before a text, and nothing around it."""
     content = json.loads(backend.to_str()) | {"post_processor": None, "truncation": None, "padding": None}
-    for step in (*_steps(content["normalizer"], "normalizers"), *_steps(content["pre_tokenizer"], "pretokenizers")):
+    for step in (*steps(content["normalizer"], "normalizers"), *steps(content["pre_tokenizer"], "pretokenizers")):
         step |= _NO_PREFIX.get(step["type"], {})
     return Tokenizer.from_str(json.dumps(content))
 

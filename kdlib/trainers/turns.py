@@ -38,7 +38,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str
     chat = ChatFormat(tokenizer=tokenizer, template_kwargs=template_kwargs, tools=None)
     ids = chat.ids(chat.render(_ANSWERED))
     last = ids[chat.turn_end(ids) - 1]
-    return last if last in tokenizer.added_tokens_decoder else None
+    known = last in tokenizer.added_tokens_decoder and last != tokenizer.unk_token_id
+    return last if known else None
 
 
 def compare(
