@@ -48,7 +48,15 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         TotalVariation,
     )
     from kdlib.samplers import RolloutConfig
-    from kdlib.teachers import CachedTeacher, EnsembleTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher
+    from kdlib.teachers import (
+        CachedTeacher,
+        ConsistencyEnsemble,
+        EnsembleTeacher,
+        HFTeacher,
+        RoutedTeacher,
+        SelfTeacher,
+        VLLMTeacher,
+    )
     from kdlib.trainers import (
         CrossTokenizerTrainer,
         DiffusionConfig,
@@ -74,6 +82,7 @@ __all__ = [
     "BalancedKL",
     "CachedTeacher",
     "CertaintyForcing",
+    "ConsistencyEnsemble",
     "CrossEntropy",
     "CrossTokenizerTrainer",
     "DecoupledTopK",
@@ -131,7 +140,15 @@ __all__ = [
 _ELSEWHERE = {
     "kdlib.eval": ("evaluate",),
     "kdlib.samplers": ("RolloutConfig",),
-    "kdlib.teachers": ("CachedTeacher", "EnsembleTeacher", "HFTeacher", "RoutedTeacher", "SelfTeacher", "VLLMTeacher"),
+    "kdlib.teachers": (
+        "CachedTeacher",
+        "ConsistencyEnsemble",
+        "EnsembleTeacher",
+        "HFTeacher",
+        "RoutedTeacher",
+        "SelfTeacher",
+        "VLLMTeacher",
+    ),
     "kdlib.diffusion": ("DiffusionSpec",),
     "kdlib.trainers": (
         "CrossTokenizerTrainer",

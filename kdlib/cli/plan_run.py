@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.models import parameter_count
-from kdlib.teachers import HFTeacher, leaves
+from kdlib.teachers import ConsistencyEnsemble, HFTeacher, leaves
 from kdlib.trainers.setup import adapter_modules
 
 
@@ -32,7 +32,10 @@ def plan(trainer: Any) -> dict[str, Any]:
         "optimizer_steps": int(steps),
         "processes": trainer.accelerator.num_processes,
     }
-    models = [teacher.model for teacher in leaves(trainer.teacher) if isinstance(teacher, HFTeacher)]
+    members = [
+        one for leaf in leaves(trainer.teacher) for one in (leaf.teachers if isinstance(leaf, ConsistencyEnsemble) else (leaf,))
+    ]
+    models = [teacher.model for teacher in members if isinstance(teacher, HFTeacher)]
     if models:
         parameters = [p for model in models for p in model.parameters()]
         found["teacher_parameters"] = sum(p.numel() for p in parameters)

@@ -12,6 +12,7 @@ from kdlib.lazy import exports
 
 if TYPE_CHECKING:
     from kdlib.teachers.cache import CachedTeacher
+    from kdlib.teachers.consistency import ConsistencyEnsemble
     from kdlib.teachers.ensemble import EnsembleTeacher
     from kdlib.teachers.hf import HFTeacher
     from kdlib.teachers.resolve import leaves, resolve_teacher
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CachedTeacher": "cache",
+    "ConsistencyEnsemble": "consistency",
     "EnsembleTeacher": "ensemble",
     "HFTeacher": "hf",
     "RoutedTeacher": "routed",
@@ -32,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "CachedTeacher",
+    "ConsistencyEnsemble",
     "EnsembleTeacher",
     "HFTeacher",
     "RoutedTeacher",

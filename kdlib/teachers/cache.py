@@ -17,14 +17,16 @@ from kdlib.data.cache import CacheReader
 from kdlib.tokenizers.identity import Tool, template_fingerprint, tokenizer_fingerprint
 from kdlib.types import Positions, Support, TeacherSignal
 
+_PROVIDES = {"topk": Support.TOPK, "sampled": Support.SAMPLED_TEACHER, "given": Support.SAMPLED_STUDENT}
+
 
 class CachedTeacher:
     """The log-probs that ``kdlib cache`` wrote to ``path``, looked up by the sample ids of a batch.
 
     tokenizer, chat_template_kwargs, tools: when a tokenizer is given, the cache must have been made with the
     same (``check``, which the trainer calls). verify: compare checksums when opening.
-    ``provides`` is TOPK or SAMPLED_TEACHER; ``temperature`` is the one the signals were captured at, and the
-    objective's must equal it.
+    ``provides`` is TOPK, SAMPLED_TEACHER (kind sampled) or SAMPLED_STUDENT (kind given: the row's own tokens, whoever wrote
+    them); ``temperature`` is the one the signals were captured at, and the objective's must equal it.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class CachedTeacher:
         self.reader = CacheReader(path, verify=verify)
         meta = self.reader.meta
         self.name, self.temperature = meta.teacher, meta.temperature
-        self.provides = Support.TOPK if meta.kind == "topk" else Support.SAMPLED_TEACHER
+        self.provides = _PROVIDES[meta.kind]
         if tokenizer is not None:
             self.check(tokenizer, chat_template_kwargs=chat_template_kwargs, tools=tools)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdlib.serving.client import is_url
 from kdlib.teachers.cache import CachedTeacher
+from kdlib.teachers.consistency import ConsistencyEnsemble
 from kdlib.teachers.ensemble import EnsembleTeacher
 from kdlib.teachers.hf import HFTeacher
 from kdlib.teachers.routed import RoutedTeacher
@@ -22,6 +23,7 @@ def resolve_teacher(spec: Any, options: Mapping[str, Any]) -> Teacher | None:
 
     spec: a Hub id or model path, a directory made by ``kdlib cache``, the URL of a server or a list of URLs (its replicas),
     a loaded model, a Teacher, or None; "SelfTeacher"; a mapping: {EnsembleTeacher: {teachers: [...], weights: [...]}},
+    {ConsistencyEnsemble: {teachers: [main, ...], top_k: 10, consistency: rbf, beta: 2}},
     {SelfTeacher: {kind: ema, decay: 0.999}}, or names of rows to teachers, {math: ..., code: ...}.
     options: how HFTeacher loads a path; ``served``: options of VLLMTeacher; ``backend``: "hf" or "vllm", what runs a path.
     Raises ValueError for what is none of these.
@@ -46,7 +48,10 @@ def resolve_teacher(spec: Any, options: Mapping[str, Any]) -> Teacher | None:
 
 
 def leaves(teacher: Teacher | None) -> tuple[Teacher, ...]:
-    """The teachers that an ensemble or a route is made of, however deep; a single teacher is its own leaf."""
+    """The teachers that an ensemble or a route is made of, however deep; a single teacher is its own leaf.
+
+    So is a ConsistencyEnsemble: beside its main model it has models that speak other tokens.
+    """
     if isinstance(teacher, EnsembleTeacher):
         return tuple(leaf for member in teacher.teachers for leaf in leaves(member))
     if isinstance(teacher, RoutedTeacher):
@@ -79,14 +84,25 @@ def _composed(spec: Mapping[str, Any], options: Mapping[str, Any]) -> Teacher:
     if list(spec) == ["EnsembleTeacher"]:
         given = _arguments("EnsembleTeacher", spec["EnsembleTeacher"], ("teachers", "weights"))
         return EnsembleTeacher(_members(given.pop("teachers", []), options), **given)
-    if {"SelfTeacher", "EnsembleTeacher"} & spec.keys():
-        raise ValueError(f"teacher has the keys {', '.join(spec)}: EnsembleTeacher and SelfTeacher stand alone")
+    if list(spec) == ["ConsistencyEnsemble"]:
+        return _consistency(spec["ConsistencyEnsemble"], options)
+    if {"SelfTeacher", "EnsembleTeacher", "ConsistencyEnsemble"} & spec.keys():
+        alone = "ConsistencyEnsemble, EnsembleTeacher and SelfTeacher stand alone"
+        raise ValueError(f"teacher has the keys {', '.join(spec)}: {alone}")
     return RoutedTeacher(dict(zip(spec, _members(list(spec.values()), options), strict=True)))
 
 
-def _members(specs: Any, options: Mapping[str, Any]) -> list[Teacher]:
+def _consistency(given: Any, options: Mapping[str, Any]) -> ConsistencyEnsemble:
+    given = _arguments("ConsistencyEnsemble", given, ("teachers", "top_k", "consistency", "beta"))
+    members = _members(given.pop("teachers", []), options, of="ConsistencyEnsemble")
+    if not members:
+        raise ValueError("ConsistencyEnsemble.teachers is empty: give the main teacher, then those that assist it")
+    return ConsistencyEnsemble(members[0], members[1:], **given)  # type: ignore[arg-type]  # which it checks
+
+
+def _members(specs: Any, options: Mapping[str, Any], *, of: str = "EnsembleTeacher") -> list[Teacher]:
     if isinstance(specs, str) or not isinstance(specs, Sequence):
-        raise ValueError(f"EnsembleTeacher.teachers is a list of teachers, not {specs!r}")
+        raise ValueError(f"{of}.teachers is a list of teachers, not {specs!r}")
     found = [resolve_teacher(spec, options) for spec in specs]
     if any(teacher is None for teacher in found):
         raise ValueError("a teacher among several is null: name a model, a cache, a URL or SelfTeacher")
@@ -97,5 +113,5 @@ def _arguments(name: str, given: Any, known: tuple[str, ...]) -> dict[str, Any]:
     given = {} if given is None else given
     if not isinstance(given, Mapping) or set(given) - set(known):
         said = ", ".join(map(str, given)) if isinstance(given, Mapping) else repr(given)
-        raise ValueError(f"teacher {name} takes {' and '.join(known)}, not {said}")
+        raise ValueError(f"teacher {name} takes {', '.join(known[:-1])} and {known[-1]}, not {said}")
     return dict(given)

@@ -30,6 +30,7 @@ _CHUNK_ELEMENTS = 2**25  # logits made at once: 128 MiB, and a few times that wh
 
 Row = dict[str, Any]
 Keep = Callable[[LogProbs, slice], LogProbs]  # what is kept of all log-probs of the positions of a slice
+_GIVES = {"topk": Support.TOPK, "sampled": Support.SAMPLED_TEACHER, "given": Support.SAMPLED_STUDENT}
 
 
 def write_cache(
@@ -53,12 +54,14 @@ def write_cache(
     """Write the teacher's signals at all scored positions of the prepared ``dataset``, packed or not.
 
     kind: ``topk`` keeps the k likeliest tokens and the log of the mass outside; ``sampled`` keeps k tokens
-    drawn with replacement from p at ``temperature`` by a generator keyed by (seed, sample_id).
+    drawn with replacement from p at ``temperature`` by a generator keyed by (seed, sample_id); ``given`` keeps log p of the
+    token that follows in the row, whatever k says.
     bits: 32, 16 or 8 per log-prob. device: where batches and their rows go; the teacher's own, for speed.
     The same call again continues an interrupted writing. Samples for which a served teacher has no usable answer are left
     out. Raises ValueError when ``directory`` holds another cache, when the teacher gives less than is to be kept, or for values
     that make no cache.
     """
+    k = 1 if kind == "given" else k
     _check_teacher(teacher, kind=kind, k=k, temperature=temperature)
     if isinstance(teacher, VLLMTeacher):
         teacher.check(tokenizer, len(tokenizer))
@@ -82,14 +85,17 @@ def write_cache(
 
 
 def _check_teacher(teacher: Teacher, *, kind: str, k: int, temperature: float) -> None:
-    """ValueError unless the teacher gives whole distributions, or is served and gives at least the top k that are kept."""
+    """ValueError unless the teacher gives whole distributions, or is served and gives what is kept: at least the top k, or the
+    given tokens.
+    """
     if Support.FULL in teacher.provides:
         return
-    if not isinstance(teacher, VLLMTeacher) or Support.TOPK not in teacher.provides or kind != "topk":
+    if not isinstance(teacher, VLLMTeacher) or _GIVES.get(kind) is not teacher.provides:
         raise ValueError(
             f"a cache of kind {kind} needs whole distributions, this teacher gives {teacher.provides}: use a model"
+            + (", or a server with signal sampled" if kind == "given" else "")
         )
-    if k > teacher.k:
+    if kind == "topk" and k > teacher.k:
         raise ValueError(f"the top {k} are to be kept, the served teacher gives {teacher.k}: lower k, or raise the teacher's")
     if temperature != teacher.temperature:
         raise ValueError(
@@ -149,9 +155,12 @@ def _block(teacher: Teacher, rows: list[Row], *, meta: CacheMeta, device: str | 
     if signal is None:
         return None
     usable = ~torch.isin(sample_id, torch.tensor(bad, dtype=torch.long))
+    labels = positions.labels[usable.to(positions.sequence.device)[positions.sequence]]
     sample_id, count = sample_id[usable], count[usable]
     if meta.kind == "topk":
         keep: Keep = partial(_keep_top, k=meta.k)
+    elif meta.kind == "given":
+        keep = partial(_keep_given, labels=labels)
     else:
         assert meta.seed is not None
         uniform = _uniform(sample_id.tolist(), count.tolist(), draws=meta.k, seed=meta.seed)
@@ -175,6 +184,14 @@ def _on_host(p: LogProbs) -> Signals:
 
 def _keep_top(p: LogProbs, chunk: slice, *, k: int) -> LogProbs:
     return top_k(p, k)
+
+
+def _keep_given(p: LogProbs, chunk: slice, *, labels: Tensor) -> LogProbs:
+    """log p of the ``labels`` [N]; a served teacher's signal is that already."""
+    if p.support is Support.SAMPLED_STUDENT:
+        return p
+    ids = labels[chunk, None]
+    return LogProbs(logp=p.logp.gather(-1, ids), ids=ids, rest=p.rest, support=Support.SAMPLED_STUDENT)
 
 
 def _keep_drawn(p: LogProbs, chunk: slice, *, uniform: Tensor) -> LogProbs:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.models import load_tokenizer
-from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, VLLMTeacher, leaves
+from kdlib.teachers import CachedTeacher, ConsistencyEnsemble, HFTeacher, RoutedTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import same_tokenizer
 from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.turns import end_of_turn
@@ -34,7 +36,7 @@ def teacher_tokenizer(teacher: Teacher | None, args: DistillationConfig) -> PreT
 
 
 def _tokenizer(member: Teacher, args: DistillationConfig) -> PreTrainedTokenizerBase:
-    own = member.tokenizer if isinstance(member, HFTeacher | VLLMTeacher) else None
+    own = member.tokenizer if isinstance(member, HFTeacher | ConsistencyEnsemble | VLLMTeacher) else None
     name = args.teacher_tokenizer or (member.name if isinstance(member, CachedTeacher) else None)
     if own is not None and args.teacher_tokenizer is None:
         return own
@@ -58,8 +60,9 @@ def match_own_tokens(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
             member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
         elif isinstance(member, VLLMTeacher):
             member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
-        elif isinstance(member, HFTeacher):
-            entries = member.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        elif isinstance(member, HFTeacher | ConsistencyEnsemble):
+            main: Any = member if isinstance(member, HFTeacher) else member.teachers[0]
+            entries = main.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
             if size > entries:
                 raise ValueError(
                     f"the teacher's tokenizer has {size} tokens, the teacher {entries}: it was made for another one"

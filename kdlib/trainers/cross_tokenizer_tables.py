@@ -47,9 +47,7 @@ def build_modules(trainer: CrossTokenizerTrainer, student: nn.Module, *, seed: i
         raise ValueError(f"{type(trainer.objective).__name__} reads the teacher's hidden states: use a model, not a cache")
     if width is None:
         return None
-    return trainer.objective.build_modules(
-        student_width=_width(inner(student).config), teacher_width=width, seed=seed
-    )
+    return trainer.objective.build_modules(student_width=_width(inner(student).config), teacher_width=width, seed=seed)
 
 
 def _width(config: Any) -> int:

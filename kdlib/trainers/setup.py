@@ -21,7 +21,15 @@ from kdlib.models import check_causal, load_config, load_model, load_tokenizer
 from kdlib.objectives import Objective, ReverseKL, RowObjective, SelectiveKL, Sinkhorn, SkewReverseKL, Sum
 from kdlib.objectives.cross import CrossTokenizerObjective
 from kdlib.objectives.diffusion import DiffusionObjective
-from kdlib.teachers import CachedTeacher, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
+from kdlib.teachers import (
+    CachedTeacher,
+    ConsistencyEnsemble,
+    HFTeacher,
+    RoutedTeacher,
+    SelfTeacher,
+    VLLMTeacher,
+    leaves,
+)
 from kdlib.tokenizers import explain_difference, same_tokenizer
 from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.repeats import RepeatedRows
@@ -136,8 +144,9 @@ def check_reading(student: nn.Module, teacher: Teacher | None, *, masks_rows: bo
         return
     check_causal(student, role="student")
     for member in leaves(teacher):
-        if isinstance(member, HFTeacher):
-            check_causal(member.model, role="teacher")
+        for model in member.teachers if isinstance(member, ConsistencyEnsemble) else (member,):
+            if isinstance(model, HFTeacher):
+                check_causal(model.model, role="teacher")
 
 
 def checked_objective(
@@ -219,8 +228,8 @@ def match_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
             member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
         elif isinstance(member, VLLMTeacher):
             member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
-        elif isinstance(member, HFTeacher | SelfTeacher):
-            if isinstance(member, HFTeacher):
+        elif isinstance(member, HFTeacher | ConsistencyEnsemble | SelfTeacher):
+            if isinstance(member, HFTeacher | ConsistencyEnsemble):
                 _check_same(tokenizer, member.tokenizer)
             member.vocab_size = size
     return size
@@ -245,6 +254,7 @@ def check_rollouts(teacher: Teacher | None, objective: Objective, args: Distilla
     own = args.on_policy_fraction > 0 and args.rollout_source != "teacher"
     if not own and isinstance(objective, RowObjective) and objective.reads_drawn:
         raise ValueError("SampledReverseKL learns from the student's own samples: set on_policy_fraction 1")
+    _check_drawn(teacher, objective, args)
     if args.on_policy_fraction == 0:
         return
     if any(isinstance(member, CachedTeacher) for member in leaves(teacher)):
@@ -253,6 +263,19 @@ def check_rollouts(teacher: Teacher | None, objective: Objective, args: Distilla
         raise ValueError("rollout_source corrected needs a teacher with whole distributions or its top k")
     if args.rollout_source == "teacher" and teacher is None:
         raise ValueError("rollout_source teacher needs a teacher")
+
+
+def _check_drawn(teacher: Teacher | None, objective: Objective, args: DistillationConfig) -> None:
+    """ReverseKL takes the one token that such a teacher scores as drawn from the student, which has to have written it."""
+    if teacher is None or teacher.provides is not Support.SAMPLED_STUDENT:
+        return
+    if args.on_policy_fraction == 1 and args.rollout_source == "student":
+        return
+    if any(isinstance(part, ReverseKL) for part in _parts(objective)):
+        raise ValueError(
+            "ReverseKL on log-probs of the row's own tokens learns from the student's own samples: set on_policy_fraction 1, "
+            "or give a teacher with a top k or whole distributions"
+        )
 
 
 def prepared(
@@ -329,5 +352,5 @@ def check_parallelism(args: DistillationConfig, accelerator: Accelerator, teache
 
 def place(teacher: Teacher | None, device: torch.device) -> None:
     for member in leaves(teacher):
-        if isinstance(member, HFTeacher):
+        if isinstance(member, HFTeacher | ConsistencyEnsemble):
             member.place(device)

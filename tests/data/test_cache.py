@@ -81,15 +81,15 @@ def test_bytes_per_token_of_everything_on_disk(tmp_path: Path, k: int, bits: int
 
 @pytest.mark.parametrize("vocab_size", [1000, 65536, 65537, 151936, 262144, 300000])
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("kind", ["topk", "sampled"])
-def test_round_trip(tmp_path: Path, vocab_size: int, bits: int, kind: str) -> None:
-    meta = replace(META, k=13, vocab_size=vocab_size, logp_bits=bits, kind=kind, dataset_size=1, rows_per_shard=1)
-    given_ = made(300, k=13, vocab_size=vocab_size, sampled=kind == "sampled")
+@pytest.mark.parametrize(("kind", "k"), [("topk", 13), ("sampled", 13), ("given", 1)])
+def test_round_trip(tmp_path: Path, vocab_size: int, bits: int, kind: str, k: int) -> None:
+    meta = replace(META, k=k, vocab_size=vocab_size, logp_bits=bits, kind=kind, dataset_size=1, rows_per_shard=1)
+    given_ = made(300, k=k, vocab_size=vocab_size, sampled=kind != "topk")
     writer = CacheWriter(tmp_path, meta)
     writer.write(0, [Block(sample_id=np.array([5]), count=np.array([300]), signals=given_)])
     (found,) = read_rows(CacheReader(tmp_path), np.array([5]))
     assert np.array_equal(found.ids, given_.ids)
-    assert (found.rest is None) == (kind == "sampled")
+    assert (found.rest is None) == (kind != "topk")
     pairs = [(given_.logp, found.logp)] + ([] if found.rest is None else [(given_.rest, found.rest)])
     summary = json.loads((tmp_path / "cache.json").read_text())["summary"]
     for before, after in pairs:
@@ -241,7 +241,8 @@ def test_writing_into_another_cache_names_what_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "dense"}, "topk or sampled"),
+        ({"kind": "dense"}, "topk, sampled or given"),
+        ({"kind": "given", "k": 8}, "keeps one log-prob per token"),
         ({"k": 0}, "k=0"),
         ({"k": 2000, "vocab_size": 1000}, "k=2000"),
         ({"logp_bits": 4}, "bits=4"),

@@ -18,10 +18,14 @@ from kdlib.data.rows import prepare_dataset
 from kdlib.kernels import linear_objective
 from kdlib.objectives import ForwardKL, GeneralizedJSD, ReverseKL, SkewKL, TotalVariation
 from kdlib.objectives.base import RowObjective
+from kdlib.objectives.cross.likelihoods import teacher_likelihoods
 from kdlib.teachers.cache import CachedTeacher
 from kdlib.teachers.hf import HFTeacher
+from kdlib.teachers.vllm import VLLMTeacher
 from kdlib.teachers.write_cache import write_cache
 from kdlib.types import Head, Positions, StudentSignal, Support, TeacherSignal
+from tests.serving.fake import FakeServer
+from tests.teachers.test_vllm_teacher import Engine
 from tests.tiny import CHATML_TEMPLATE, tiny_llama, tiny_tokenizer
 
 V = len(tiny_tokenizer())
@@ -185,6 +189,87 @@ def test_sampled_draws_follow_the_teacher_and_depend_on_the_seed_and_the_sample_
     assert abs(-signal.logp.float().mean() - entropy) < 4 * spread + 1e-3
     exact = per_row(dense(teacher, batch, positions), positions, ForwardKL())
     assert per_row(signal, positions, ForwardKL()) == pytest.approx(exact, rel=0.1)
+
+
+def of_labels(signal: TeacherSignal, positions: Positions, *, temperature: float = 1.0) -> torch.Tensor:
+    return signal.at(slice(None), temperature).logp.gather(-1, positions.labels[:, None])
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-5), (16, 6e-3), (8, 6e-2)])
+def test_given_keeps_the_log_probs_of_the_rows_own_tokens(
+    tmp_path: Path, teacher: HFTeacher, tokenizer: PreTrainedTokenizerBase, bits: int, tolerance: float
+) -> None:
+    rows = Dataset.from_dict({"text": TEXTS})
+    plain = prepare_dataset(rows, tokenizer, max_length=64).dataset
+    packed = prepare_dataset(rows, tokenizer, max_length=128, packing=True).dataset
+    ours = cached(tmp_path, teacher, packed, tokenizer, kind="given", bits=bits)  # k stays 1
+    assert ours.provides is Support.SAMPLED_STUDENT and ours.reader.meta.k == 1 and ours.reader.meta.seed is None
+    for source, chosen in ((plain, [19, 5, 1, 21, 0]), (packed, [2, 0, 1])):
+        batch, positions = batch_of(source, chosen)
+        signal, wanted = ours.signal(batch, positions), of_labels(dense(teacher, batch, positions), positions)
+        assert signal.support is Support.SAMPLED_STUDENT and signal.rest is None and signal.ids is not None
+        assert torch.equal(signal.ids, positions.labels[:, None])
+        torch.testing.assert_close(signal.at(slice(None), 1.0).logp, wanted, rtol=0, atol=tolerance)
+        torch.testing.assert_close(teacher_likelihoods(signal, positions.labels), wanted[:, 0], rtol=0, atol=tolerance)
+
+
+def test_given_at_a_temperature(
+    tmp_path: Path, teacher: HFTeacher, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    ours = cached(tmp_path, teacher, dataset, tokenizer, kind="given", temperature=2.0, bits=32)
+    batch, positions = batch_of(dataset, [3, 1])
+    wanted = of_labels(dense(teacher, batch, positions), positions, temperature=2.0)
+    torch.testing.assert_close(ours.signal(batch, positions).at(slice(None), 2.0).logp, wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot be re-tempered"):
+        ours.signal(batch, positions).at(slice(None), 1.0)
+
+
+def no_answer(listed: list[Any]) -> list[Any]:
+    return [None] * len(listed)
+
+
+def test_given_tokens_of_a_server(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+    model, root = tiny_llama(V, seed=5), tmp_path / "model"
+    model.save_pretrained(root)
+    tokenizer.save_pretrained(root)
+    engine = Engine(model, hidden=False)
+    with FakeServer(engine, root=str(root)) as server:
+        served = VLLMTeacher(server.url, signal="sampled")
+        own = cached(tmp_path / "own", HFTeacher(model), dataset, tokenizer, kind="given", bits=32)
+        ours = cached(tmp_path / "served", served, dataset, tokenizer, kind="given", bits=32)
+        batch, positions = batch_of(dataset, [8, 2, 17])
+        ids = ours.signal(batch, positions).ids
+        assert ids is not None and torch.equal(ids[:, 0], positions.labels)
+        logp = [x.signal(batch, positions).logp for x in (ours, own)]
+        torch.testing.assert_close(*logp, rtol=0, atol=1e-5)
+        for teacher, options, message in (
+            (served, {"kind": "topk"}, "kind topk needs whole distributions"),
+            (served, {"kind": "sampled"}, "kind sampled needs whole distributions"),
+            (served, {"kind": "given", "temperature": 2.0}, "at temperature 1.0, 2.0 is asked for"),
+            (VLLMTeacher(server.url, signal="topk", k=V), {"kind": "given"}, "use a model, or a server with signal sampled"),
+            (ours, {"kind": "given"}, "kind given needs whole distributions"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                cached(tmp_path / "refused", teacher, dataset, tokenizer, **options)
+
+
+@pytest.mark.parametrize("signal", ["sampled", "hidden"])
+def test_given_leaves_out_rows_without_an_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, signal: Any
+) -> None:
+    model, root = tiny_llama(V, seed=5), tmp_path / "model"
+    model.save_pretrained(root)
+    tokenizer.save_pretrained(root)
+    rows = [{**row, "input_ids": [100 + i, *row["input_ids"][1:]]} for i, row in enumerate(dataset.select(range(6)).to_list())]
+    spoil: Any = no_answer if signal == "sampled" else lambda states: states * torch.nan
+    with FakeServer(Engine(model, hidden=signal == "hidden", spoil={101: spoil}), root=str(root)) as server:
+        served = VLLMTeacher(server.url, signal=signal)
+        short = cached(tmp_path / "short", served, Dataset.from_list(rows), tokenizer, kind="given", bits=32, batch_size=6)
+    assert short.reader.index.summary["sequences"] == 5
+    batch, positions = batch_of(Dataset.from_list(rows), [0, 2, 3, 4, 5])
+    found, wanted = short.signal(batch, positions), of_labels(dense(HFTeacher(model), batch, positions), positions)
+    assert found.ids is not None and torch.equal(found.ids[:, 0], positions.labels)
+    torch.testing.assert_close(found.logp, wanted, rtol=0, atol=1e-5)
 
 
 class Interrupted(HFTeacher):

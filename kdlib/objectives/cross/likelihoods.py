@@ -34,10 +34,12 @@ def student_likelihoods_and_mass(student: StudentSignal, tokens: Tensor) -> Tens
 def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor) -> Tensor:
     """log p(label) [N'] of every row at temperature 1; of sampled signals the log-probs of the labels, which they hold.
 
-    Raises ValueError for sampled signals of other tokens.
+    Raises ValueError for sampled signals of other tokens, or of another temperature.
     """
     if teacher.support is Support.SAMPLED_STUDENT:
         assert teacher.logp is not None and teacher.ids is not None
+        if teacher.temperature != 1.0:
+            raise ValueError(f"likelihoods are at temperature 1, the teacher's log-probs at {teacher.temperature}: take them again")
         if teacher.ids.shape[-1] != 1 or not torch.equal(teacher.ids[:, 0], labels):
             raise ValueError("the teacher's log-probs are not those of the tokens in the row")
         return teacher.logp[:, 0].float() if teacher.logp.dtype.itemsize < 4 else teacher.logp[:, 0]
