@@ -32,4 +32,6 @@ class AlignedSignals(TeacherSignals):
             assert where.other is not None
             bad = where.other.sequence[~error.keep.to(where.other.sequence.device)].unique()
             left = without_sequences(where, bad)
-            return {**batch, "positions": {**batch["positions"], "distill": left}, "signals": {"distill": error.signal}}
+            left = replace(left, total=self.objective.total(left))
+            shared = {name: left for name, of_term in batch["positions"].items() if of_term is where}
+            return {**batch, "positions": {**batch["positions"], **shared}, "signals": {"distill": error.signal}}

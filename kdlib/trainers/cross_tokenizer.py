@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.data import Prepared
 from kdlib.data.aligned import AlignedCollator, Reader, prepare_aligned
+from kdlib.data.draft import UNSCORED
 from kdlib.kernels import linear_objective
 from kdlib.kernels.chunked import inputs_of
 from kdlib.objectives import CrossEntropy
@@ -198,7 +199,8 @@ def _at(student: StudentSignal, positions: Positions) -> StudentSignal:
 def alignment_metrics(batch: Batch) -> dict[str, tuple[Tensor, int]]:
     """Rows that differ for the teacher, and the student's scored tokens that lie in a chunk."""
     chunk = batch["positions"]["distill"].chunk
+    scored = (batch["labels"] != UNSCORED).any(1)  # others only fill a batch
     return {
-        "alignment/unread_ratio": (batch["unread"].float().sum(), len(batch["unread"])),
+        "alignment/unread_ratio": ((batch["unread"] & scored).float().sum(), int(scored.sum())),
         "alignment/chunked_ratio": ((chunk >= 0).float().sum(), len(chunk)),
     }

@@ -62,7 +62,7 @@ def match_own_tokens(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
             member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
         elif isinstance(member, HFTeacher | ConsistencyEnsemble):
             main: Any = member if isinstance(member, HFTeacher) else member.teachers[0]
-            entries = main.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            entries = main.model.get_input_embeddings().weight.shape[0]
             if size > entries:
                 raise ValueError(
                     f"the teacher's tokenizer has {size} tokens, the teacher {entries}: it was made for another one"

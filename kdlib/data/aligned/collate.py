@@ -13,7 +13,7 @@ from torch import Tensor
 from kdlib.data.aligned.chunks import Aligned, Ids, TextRow, aligned
 from kdlib.data.aligned.reader import Reader
 from kdlib.data.collate import DistillationCollator
-from kdlib.data.draft import UNSCORED, first_scored, last_span
+from kdlib.data.draft import UNSCORED, first_scored
 
 TEACHER = {"teacher_ids": "input_ids", "teacher_labels": "labels", "teacher_sample_id": "sample_id"}
 
@@ -25,8 +25,9 @@ class AlignedCollator:
     """A DistillationCollator's batch of the student's tokens with the teacher's as ``other``, an ordinary batch of its own.
 
     Both have ``chunk`` [B, S] and [B, S'], numbered from 0 in each row, -1 for tokens of none. A row whose completion was
-    generated is tokenised for the teacher from the bytes that it spells, behind the teacher's own prompt; ``closing`` is the
-    teacher's token at the end of a turn. ``unread`` counts rows of which the teacher reads another text.
+    generated is tokenised for the teacher from the bytes that it spells, behind the teacher's own tokens up to
+    ``teacher_start`` (-1: the teacher's row ends before, and nothing of it is scored). ``closing`` is the token that ends the
+    teacher's turns. ``unread`` [B]: whether the teacher reads another text in a turn, or nothing.
     """
 
     student: Reader
@@ -39,11 +40,12 @@ class AlignedCollator:
         batch, other = self._collated(self.student, rows), self._collated(self.teacher, others)
         batch["chunk"] = _padded([pair.student for pair in pairs], batch["input_ids"].shape[1])
         other["chunk"] = _padded([pair.teacher for pair in pairs], other["input_ids"].shape[1])
-        unread = [pair.different > 0 for pair in pairs]
+        asked = [any(label != UNSCORED for label in row["labels"]) for row in rows]
+        unread = [pair.different > 0 or (scored and pair.count == 0) for pair, scored in zip(pairs, asked, strict=True)]
         return {**batch, "other": other, "unread": torch.tensor(unread)}
 
     def _collated(self, reader: Reader, rows: Sequence[Row]) -> dict[str, Any]:
-        return DistillationCollator(reader.tokenizer.pad_token_id)(rows)
+        return DistillationCollator(reader.padding)(rows)
 
     def _aligned(self, row: Row, other: Row) -> Aligned:
         return aligned(
@@ -59,22 +61,24 @@ class AlignedCollator:
         return self._answered(row, other) if row.get("generated") else other
 
     def _answered(self, row: Row, other: Row) -> dict[str, Any]:
-        prompt = other["input_ids"][: last_span(other["labels"])[0]]
+        start = row["teacher_start"]
+        if start < 0:
+            return {**other, "labels": [UNSCORED] * len(other["labels"])}
+        prompt = other["input_ids"][:start]
         answer = self._retokenised(row["input_ids"][first_scored(row["labels"]) :])
         return {**other, "input_ids": [*prompt, *answer], "labels": [UNSCORED] * len(prompt) + answer}
 
     def _retokenised(self, ids: Sequence[int]) -> list[int]:
-        """The teacher's tokens of what the student's spell, up to the first byte that is no UTF-8."""
-        text = list(ids)
-        while text and text[-1] in self.student.special:
-            text.pop()
-        spelled = self.student.text(text)
+        """The teacher's tokens of what the student's spell; none, cut, behind a byte that is no UTF-8."""
+        closed = ids[-1] in self.student.special
+        spelled = self.student.text(ids[:-1] if closed else ids)
+        text = _valid(spelled)
         try:
-            made = self.teacher.continued(_valid(spelled))
+            made = self.teacher.continued(text)
         except ValueError:
             return []  # nothing of it is scored; ``unread`` counts it
-        closed = len(text) < len(ids) and self.closing is not None
-        return [*made, self.closing] if closed and self.closing is not None else made
+        whole = closed and len(text.encode()) == len(spelled)
+        return [*made, self.closing] if whole and self.closing is not None else made
 
 
 def _valid(spelled: bytes) -> str:

@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib.tokenizers import token_bytes
+from kdlib.tokenizers.pieces import unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SAMPLES = ("a b", " a", "a  b\nc")
+_BEFORE = ("\n", ":", "1")  # with one of them before it, a text is tokenised as one that goes on
+_NO_TEXT = b"\xff"  # in no UTF-8, so that it is equal to nothing that is read
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,40 @@ class Reader:
         marked = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return frozenset(marked | set(self.tokenizer.all_special_ids))
 
+    @cached_property
+    def unknown(self) -> frozenset[int]:
+        """Tokens that stand for any text which the tokenizer does not know."""
+        return unknown_ids(self.tokenizer)
+
+    @property
+    def padding(self) -> int:
+        """What rows are padded with: any token does, as it is masked, and many base models name none."""
+        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(index for index in found if index is not None)
+
     def text(self, ids: Sequence[int]) -> bytes:
-        """The bytes that the tokens spell, special ones as they are written."""
-        return b"".join(map(self.pieces.__getitem__, ids))
+        """The bytes that the tokens spell, special ones as they are written; 0xFF for an id beyond the tokenizer's."""
+        try:
+            return b"".join([self.pieces[index] for index in ids])
+        except IndexError:
+            return b"".join([self.pieces[index] if index < len(self.pieces) else _NO_TEXT for index in ids])
+
+    def sizes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n]: how many bytes each of the tokens has in ``text``."""
+        last = len(self.lengths) - 1
+        return np.where(ids > last, len(_NO_TEXT), self.lengths[np.minimum(ids, last)])
 
     def continued(self, text: str) -> list[int]:
         """Tokens of a text that goes on from another, without the space that some tokenizers put in front of a text.
 
         Raises ValueError when they do not spell the text.
         """
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
         wanted = text.encode()
-        if self.text(ids) == wanted:
-            return ids
-        ids = self.tokenizer.encode("\n" + text, add_special_tokens=False)
-        for n in range(1, min(len(ids), 3) + 1):
-            if self.text(ids[n:]) == wanted:
-                return ids[n:]
+        for before in ("", *_BEFORE):
+            ids = self.tokenizer.encode(before + text, add_special_tokens=False)
+            for n in range(min(len(ids), 3) + 1) if before else (0,):
+                if self.text(ids[n:]) == wanted:
+                    return ids[n:]
         raise ValueError(f"the tokens of {text[:40]!r} spell another text")
 
     def check(self, who: str) -> None:

@@ -39,7 +39,7 @@ def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor) -> Tensor:
     if teacher.support is Support.SAMPLED_STUDENT:
         assert teacher.logp is not None and teacher.ids is not None
         if teacher.temperature != 1.0:
-            raise ValueError(f"likelihoods are at temperature 1, the teacher's log-probs at {teacher.temperature}: take them again")
+            raise ValueError(f"the teacher's log-probs are at temperature {teacher.temperature}: likelihoods need them at 1")
         if teacher.ids.shape[-1] != 1 or not torch.equal(teacher.ids[:, 0], labels):
             raise ValueError("the teacher's log-probs are not those of the tokens in the row")
         return teacher.logp[:, 0].float() if teacher.logp.dtype.itemsize < 4 else teacher.logp[:, 0]
