@@ -148,7 +148,7 @@ def _spaces(tokenizer: PreTrainedTokenizerBase, decoders: list[dict[str, Any]], 
                 raise _unknown(tokenizer, f"a decoder that replaces {step['pattern']} by {step['content']!r}")
             found.add(step["pattern"]["String"])
     found |= {step["content"] for step in before if step["type"] == "Replace" and step["pattern"] == {"String": " "}}
-    return frozenset(found - {" "})
+    return frozenset(found - {" ", ""})  # "": spaces are left out
 
 
 def _python(tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, dict[int, str]]:

@@ -229,7 +229,9 @@ def _after_spaces(source: bytes, position: int) -> int:
 
 def _is_prefixed(joined: bytes, rest: bytes) -> bool:
     """Whether a space that is not in the text was put before these tokens: without it more of them is in the text."""
-    return joined[:1] == b" " and _common(joined[1:], rest) > _common(joined, rest)
+    if joined[:1] != b" " or rest.startswith(joined):
+        return False
+    return rest.startswith(joined[1:]) or _common(joined[1:], rest) > _common(joined, rest)
 
 
 def _common(a: bytes, b: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from kdlib.objectives.cross import CrossTokenizerObjective
 from kdlib.serving import BadRowsError
 from kdlib.trainers.aligned_positions import without_sequences
 from kdlib.trainers.scoring import Batch, Signals, TeacherSignals
@@ -15,6 +16,8 @@ logger = logging.getLogger("kdlib.teacher")
 
 class AlignedSignals(TeacherSignals):
     """The teacher's signal of the term "distill", at the positions ``other``: the teacher sees an ordinary batch of its own."""
+
+    objective: CrossTokenizerObjective
 
     def __call__(self, batch: Batch) -> Signals:
         """The signal; BadRowsError when a served teacher has none for some rows."""

@@ -24,7 +24,14 @@ from kdlib.trainers.aligned_positions import aligned_positions
 from kdlib.trainers.aligned_signals import AlignedSignals
 from kdlib.trainers.balance import GradientBalance
 from kdlib.trainers.config import DistillationConfig
-from kdlib.trainers.cross_tokenizer_checks import check_tokens, closing_token, match_own_tokens, teacher_tokenizer
+from kdlib.trainers.cross_tokenizer_checks import (
+    check_sharding,
+    check_temperature,
+    check_tokens,
+    closing_token,
+    match_own_tokens,
+    teacher_tokenizer,
+)
 from kdlib.trainers.cross_tokenizer_tables import build_modules, make_tables
 from kdlib.trainers.distillation import Batch, DistillationTrainer
 from kdlib.trainers.final import MODULES
@@ -62,6 +69,7 @@ class CrossTokenizerTrainer(DistillationTrainer):
         super().__init__(model, teacher, objective=objective, **options)
         self.teacher_signals = AlignedSignals(self.teacher, self.objective, autocast=self.accelerator.autocast)
         self.tables = make_tables(self)
+        check_sharding(self.objective, self.tables, self.accelerator)
         if objective.balance == "gradient":
             self.balance = GradientBalance(self.term_weights)
 
@@ -70,6 +78,7 @@ class CrossTokenizerTrainer(DistillationTrainer):
     def match_teacher(self, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> int:
         """Each side keeps its own vocabulary."""
         check_tokens(self.teacher, args)
+        check_temperature(self.teacher, self.objective)
         self.readers = (Reader(tokenizer), Reader(teacher_tokenizer(self.teacher, args)))
         match_own_tokens(self.teacher, self.readers[1].tokenizer, args)
         return len(tokenizer)

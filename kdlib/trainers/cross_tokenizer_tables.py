@@ -43,7 +43,7 @@ def make_tables(trainer: CrossTokenizerTrainer) -> Tables:
 def build_modules(trainer: CrossTokenizerTrainer, student: nn.Module, *, seed: int) -> nn.Module | None:
     """The objective's modules for the widths of both models; None where it has none, or the teacher no hidden states."""
     width = _teacher_width(trainer.teacher)
-    if width is None and "modules" in trainer.objective.needs:
+    if width is None and trainer.objective.reads_hidden:
         raise ValueError(f"{type(trainer.objective).__name__} reads the teacher's hidden states: use a model, not a cache")
     if width is None:
         return None

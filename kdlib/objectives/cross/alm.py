@@ -91,6 +91,10 @@ class ALM(CrossTokenizerObjective):
         return ("spaces",) if self._reads_ends else ()
 
     @property
+    def reads_hidden(self) -> bool:
+        return self.hidden > 0
+
+    @property
     def side_weights(self) -> dict[str, float]:
         return {"hidden": self.hidden} if self.hidden else {}
 

@@ -72,6 +72,16 @@ class CrossTokenizerObjective(Objective):
         return {}
 
     @property
+    def signal_temperature(self) -> float:
+        """The temperature at which log-probs of a cache or server, which have one, must have been taken."""
+        return 1.0
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the teacher's hidden states are asked for."""
+        return "modules" in self.needs
+
+    @property
     def side_weights(self) -> dict[str, float]:
         """The weights of ``side_terms``."""
         return {}

@@ -61,6 +61,10 @@ class ULD(CrossTokenizerObjective):
     def total(self, positions: Positions) -> int:
         return total_places(positions, self.alignment)
 
+    @property
+    def signal_temperature(self) -> float:
+        return self.temperature
+
     def __call__(self, student: StudentSignal, teacher: TeacherSignal | None, tables: Tables | None = None) -> Loss:
         teacher = teacher_of(self, teacher)
         if teacher.logp is not None and teacher.logp.shape[-1] < self.top_k:
