@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data import Prepared
-from kdlib.data.aligned import AlignedCollator, Reader, prepare_aligned
+from kdlib.data.aligned import TEACHER, AlignedCollator, Reader, prepare_aligned
 from kdlib.data.draft import UNSCORED
 from kdlib.kernels import linear_objective
 from kdlib.kernels.chunked import inputs_of
@@ -51,8 +51,9 @@ class CrossTokenizerTrainer(DistillationTrainer):
     tokenizer; ``args.teacher_tokenizer`` names that of a cache. Rows are text, ``prompt`` + ``completion`` or ``messages``:
     token ids have no other reading. Rollouts of the student are tokenised for the teacher from their bytes.
 
-    The log adds ``alignment/unread_ratio``, rows of which the teacher reads another text, so that parts have no chunk, and
-    ``alignment/chunked_ratio``, the share of the student's scored tokens that lie in a chunk.
+    The log adds ``term/NAME``, the mean of each term without its weight, ``alignment/unread_ratio``, rows of which the teacher
+    reads another text, so that parts have no chunk, and ``alignment/chunked_ratio``, the share of the student's scored tokens
+    that lie in a chunk.
     Raises ValueError as its base class does, and for tokenizers that leave out bytes of a text.
     """
 
@@ -89,7 +90,10 @@ class CrossTokenizerTrainer(DistillationTrainer):
         """Rows of both tokenizers."""
         if rows is None or isinstance(rows, Prepared):
             return rows
-        return prepare_aligned(setup.opened(rows), *self.readers, **setup.preparation(args, training=training))
+        found = setup.opened(rows)
+        if set(TEACHER) <= set(found.column_names):
+            return Prepared(dataset=found, skipped=0, reasons={}, truncated=0)
+        return prepare_aligned(found, *self.readers, **setup.preparation(args, training=training))
 
     def check_teacher_rows(self) -> None:
         """ValueError for rows that a cached teacher does not know, under the ids of its own tokens."""
@@ -135,11 +139,13 @@ class CrossTokenizerTrainer(DistillationTrainer):
         every = where.get("cross_entropy", where["distill"])
         student = self.student_signal(model, batch, every, layers=self.objective.layers)
         found = self._distilled(_at(student, where["distill"]), signals["distill"])
-        if self._watching:
-            found["distill"] = replace(found["distill"], metrics={**found["distill"].metrics, **alignment_metrics(batch)})
         if "cross_entropy" in where:
             found["cross_entropy"] = linear_objective(self._watched(student, "cross_entropy"), None, CrossEntropy())
-        return found
+        if not self._watching:
+            return found
+        means = {f"term/{name}": (loss.sum.detach(), loss.count) for name, loss in found.items() if loss.count}
+        shown = {**found["distill"].metrics, **means, **alignment_metrics(batch)}
+        return {**found, "distill": replace(found["distill"], metrics=shown)}
 
     def _distilled(self, student: StudentSignal, teacher: TeacherSignal | None) -> dict[str, Loss]:
         names, total = ("distill", *self.objective.side_weights), student.positions.denominator

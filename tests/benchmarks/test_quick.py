@@ -148,3 +148,14 @@ def test_diffusion_demo_compares_teacher_and_students(tmp_path: Path) -> None:
 def test_diffusion_gsm8k_compares_teacher_and_student(tmp_path: Path) -> None:
     written = quick_page("diffusion_gsm8k", tmp_path).read_text()
     assert "| certainty forcing |" in written and "bits per byte" in written and "torch " in written
+
+
+@needs_shared
+def test_alignment_compares_with_trl(tmp_path: Path) -> None:
+    assert "spans and alignment" in quick_page("alignment", tmp_path, runs=False).read_text()
+
+
+@needs_shared
+def test_cross_tokenizer_gsm8k_compares_methods_and_transfers(tmp_path: Path) -> None:
+    written = quick_page("cross_tokenizer_gsm8k", tmp_path).read_text()
+    assert "| Unigram | HybridULD |" in written and "gap closed" in written and "torch " in written
