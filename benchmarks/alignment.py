@@ -31,8 +31,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from kdlib.data.arithmetic import make_problems
-from kdlib.tokenizers.align import chunks, end_to_end
-from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
+from kdlib.tokenizers.alignment import chunks, end_to_end
+from kdlib.tokenizers.pure_bytes import byte_tokenizer
 from kdlib.tokenizers.spans import LossyTokenizationError, byte_spans, spans_in_text
 
 ROOT = Path(__file__).resolve().parents[1]

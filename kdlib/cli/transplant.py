@@ -87,7 +87,7 @@ def _written(a: TransplantArguments) -> None:
     from kdlib.drafts.export import written_whole
     from kdlib.models import load_model, load_tokenizer
     from kdlib.tokenizers import token_bytes
-    from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
+    from kdlib.tokenizers.pure_bytes import byte_tokenizer
 
     old = load_tokenizer(a.model, trust_remote_code=a.trust_remote_code)
     new = byte_tokenizer(old) if a.tokenizer == "bytes" else load_tokenizer(a.tokenizer, trust_remote_code=a.trust_remote_code)

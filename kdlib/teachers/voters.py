@@ -18,7 +18,7 @@ from kdlib.data.draft import UNSCORED
 from kdlib.kernels.outcomes import top_k
 from kdlib.teachers.hf import HFTeacher
 from kdlib.teachers.vllm import _samples
-from kdlib.tokenizers.align import end_to_end
+from kdlib.tokenizers.alignment import end_to_end
 from kdlib.tokenizers.pieces import token_bytes
 from kdlib.tokenizers.projection import special_tokens, token_projection
 from kdlib.tokenizers.spans import LossyTokenizationError, byte_spans

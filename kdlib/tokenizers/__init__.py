@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kdlib.tokenizers.align import align
-from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
+from kdlib.tokenizers.alignment import align
 from kdlib.tokenizers.identity import (
     explain_difference,
     same_tokenizer,
@@ -11,6 +10,7 @@ from kdlib.tokenizers.identity import (
     tokenizer_fingerprint,
 )
 from kdlib.tokenizers.pieces import token_bytes
+from kdlib.tokenizers.pure_bytes import byte_tokenizer
 from kdlib.tokenizers.spans import LossyTokenizationError, byte_spans, keeps_spaces, spans_in_text, spans_of_ids
 from kdlib.tokenizers.surface import surface_vectors
 from kdlib.tokenizers.transplant import transplanted_rows

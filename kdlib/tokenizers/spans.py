@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from kdlib.tokenizers.align import end_to_end
+from kdlib.tokenizers.alignment import end_to_end
 from kdlib.tokenizers.pieces import token_bytes, unknown_ids, written
 
 if TYPE_CHECKING:

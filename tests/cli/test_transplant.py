@@ -23,7 +23,7 @@ from transformers import (
 from kdlib.cli.help import docs, shown_default
 from kdlib.cli.transplant import TransplantArguments
 from kdlib.cli.transplant_model import transplant
-from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
+from kdlib.tokenizers.pure_bytes import byte_tokenizer
 from kdlib.tokenizers.transplant import transplanted_rows
 from kdlib.trainers.turns import end_of_turn
 from tests.cli.conftest import Command, conversation, tree, write_rows

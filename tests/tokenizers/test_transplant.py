@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from kdlib.tokenizers import surface_vectors, token_bytes
-from kdlib.tokenizers.byte_tokenizer import byte_tokenizer
 from kdlib.tokenizers.initial import Method, Plan
+from kdlib.tokenizers.pure_bytes import byte_tokenizer
 from kdlib.tokenizers.transplant import Speller, transplant_plan, transplanted_rows
 from tests.tiny import tiny_tokenizer
 

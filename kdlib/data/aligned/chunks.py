@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdlib.data.aligned.reader import Reader
 from kdlib.data.draft import UNSCORED, common_prefix
-from kdlib.tokenizers.align import chunk_ids, chunks, end_to_end
+from kdlib.tokenizers.alignment import chunk_ids, chunks, end_to_end
 
 Ids = NDArray[np.int64]
 _SPACE = b" \t\r\n"

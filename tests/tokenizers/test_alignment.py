@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.tokenizers.align import align, chunk_ids, chunks, end_to_end
+from kdlib.tokenizers.alignment import align, chunk_ids, chunks, end_to_end
 from kdlib.tokenizers.spans import LossyTokenizationError, byte_spans
 from tests.tokenizers.families import LOSSLESS, TEXTS, family, real_texts
 
