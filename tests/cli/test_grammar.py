@@ -54,7 +54,7 @@ def test_kdlib_classes_have_no_module_whatever_path_names_them() -> None:
     ("spec", "said"),
     [
         ("skewkl", "did you mean SkewKL"),
-        ("Nothing", "choose TAID"),
+        ("Nothing", "choose ALM"),
         ("RowObjective", "no objective RowObjective"),
         ("torch.nn.Linear", "no objective torch.nn.Linear"),
         ("nosuchfile.py:Mine", "no file nosuchfile.py"),
