@@ -16,9 +16,9 @@ from kdlib.data import Prepared
 from kdlib.data.aligned import TEACHER, AlignedCollator, Reader, prepare_aligned
 from kdlib.data.draft import UNSCORED
 from kdlib.kernels import linear_objective
-from kdlib.kernels.chunked import inputs_of
 from kdlib.objectives import CrossEntropy
 from kdlib.objectives.cross import ALM, CrossTokenizerObjective
+from kdlib.objectives.cross.rows import sum_of_no_rows
 from kdlib.trainers import setup
 from kdlib.trainers.aligned_positions import aligned_positions
 from kdlib.trainers.aligned_signals import AlignedSignals
@@ -160,8 +160,8 @@ class CrossTokenizerTrainer(DistillationTrainer):
     def _zero(self, student: StudentSignal) -> Tensor:
         """0 that depends on all that is trained, as DDP waits for the gradient of each parameter."""
         modules = () if self.tables.modules is None else self.tables.modules.parameters()
-        inputs = [x for x in (*inputs_of(student), *modules) if x is not None]
-        return torch.stack([x.sum(dtype=torch.float32) for x in inputs]).sum() * 0.0
+        zero = sum_of_no_rows(student)
+        return torch.stack([zero, *(x[:0].sum().to(zero.dtype) for x in modules)]).sum()
 
     def _watched(self, student: StudentSignal, term: str) -> StudentSignal:
         if self.balance is None:

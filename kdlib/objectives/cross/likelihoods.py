@@ -9,18 +9,24 @@ from torch import Tensor
 
 from kdlib.head import accumulation_dtype
 from kdlib.kernels import linear_rows
-from kdlib.types import DenseView, Positions, StudentSignal, Support, TeacherSignal
+from kdlib.types import DenseView, Positions, StudentSignal, Support, TeacherSignal, View
 
 TEACHER_ROWS = 256  # whose logits are made at a time
 
+LogProbsOf = Callable[[View], Tensor]  # the distributions [n, V] of a view, such as those at a temperature
 FromLogProbs = Callable[[Tensor, Tensor], Tensor]  # (log-probs [n, V], labels [n]) -> [n] or [n, J]
 
 
-def student_likelihoods(student: StudentSignal) -> Tensor:
-    """log q(label) [N] of every row at temperature 1, with gradients; no [N, V]."""
+def as_they_are(view: View) -> Tensor:
+    """Log-probs [n, V] at temperature 1."""
+    return view.at(1.0).logp
+
+
+def student_likelihoods(student: StudentSignal, log_probs: LogProbsOf = as_they_are) -> Tensor:
+    """log q(label) [N] of every row, with gradients; no [N, V]."""
     if not len(student.positions):
         return _no_rows(student)
-    return _student_rows(student, _of_labels)
+    return _student_rows(student, _of_labels, log_probs)
 
 
 def student_likelihoods_and_mass(student: StudentSignal, tokens: Tensor) -> Tensor:
@@ -31,8 +37,8 @@ def student_likelihoods_and_mass(student: StudentSignal, tokens: Tensor) -> Tens
 
 
 @torch.no_grad()
-def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor) -> Tensor:
-    """log p(label) [N'] of every row at temperature 1; of sampled signals the log-probs of the labels, which they hold.
+def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor, log_probs: LogProbsOf = as_they_are) -> Tensor:
+    """log p(label) [N'] of every row; of sampled signals the log-probs of the labels, which they hold.
 
     Raises ValueError for sampled signals of other tokens, or of another temperature.
     """
@@ -43,7 +49,7 @@ def teacher_likelihoods(teacher: TeacherSignal, labels: Tensor) -> Tensor:
         if teacher.ids.shape[-1] != 1 or not torch.equal(teacher.ids[:, 0], labels):
             raise ValueError("the teacher's log-probs are not those of the tokens in the row")
         return teacher.logp[:, 0].float() if teacher.logp.dtype.itemsize < 4 else teacher.logp[:, 0]
-    found = _teacher_rows(teacher, labels, _of_labels)
+    found = _teacher_rows(teacher, labels, _of_labels, log_probs)
     return torch.cat(found) if found else torch.zeros(0, device=labels.device)
 
 
@@ -100,18 +106,24 @@ def _with_mass(tokens: Tensor) -> FromLogProbs:
     return values
 
 
-def _student_rows(student: StudentSignal, values: FromLogProbs) -> Tensor:
+def _student_rows(student: StudentSignal, values: FromLogProbs, log_probs: LogProbsOf = as_they_are) -> Tensor:
     labels = student.positions.labels
 
     def row(q: DenseView, rows: slice) -> Tensor:
-        return values(q.at(1.0).logp, labels[rows])
+        return values(log_probs(q), labels[rows])
 
     return linear_rows(student, row)
 
 
-def _teacher_rows(teacher: TeacherSignal, labels: Tensor, values: FromLogProbs) -> list[Tensor]:
-    slices = (slice(start, start + TEACHER_ROWS) for start in range(0, len(labels), TEACHER_ROWS))
-    return [values(teacher.at(rows, 1.0).logp, labels[rows]) for rows in slices]
+def _teacher_rows(
+    teacher: TeacherSignal, labels: Tensor, values: FromLogProbs, log_probs: LogProbsOf = as_they_are
+) -> list[Tensor]:
+    return [values(log_probs(teacher.view(rows)), labels[rows]) for rows in slices(len(labels))]
+
+
+def slices(total: int) -> list[slice]:
+    """Of 0..total-1, so many rows at a time as a teacher's logits are made of."""
+    return [slice(start, min(start + TEACHER_ROWS, total)) for start in range(0, total, TEACHER_ROWS)]
 
 
 def _no_rows(student: StudentSignal) -> Tensor:

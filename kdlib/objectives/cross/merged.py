@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from kdlib.kernels import linear_rows
-from kdlib.objectives.cross.likelihoods import chunk_sums, first_rows
-from kdlib.objectives.cross.rows import positional_pairs, rows_of_student, rows_of_teacher, slices
-from kdlib.types import DenseView, Positions, StudentSignal, TeacherSignal, View
+from kdlib.objectives.cross.likelihoods import LogProbsOf, chunk_sums, first_rows, student_likelihoods, teacher_likelihoods
+from kdlib.objectives.cross.rows import positional_pairs, rows_of_student, rows_of_teacher
+from kdlib.types import DenseView, Positions, StudentSignal, TeacherSignal
 
 Alignment = Literal["chunks", "positional"]
-LogProbsOf = Callable[[View], Tensor]  # the distributions [n, V] that are compared, such as those at a temperature
 LEAST = -1e30  # log of likelihood zero: differences of -inf are NaN
 
 
@@ -114,8 +113,10 @@ def places_of(student: StudentSignal, teacher: TeacherSignal, *, alignment: Alig
     one, other_one = len(positions) == chunks, len(other) == chunks  # every chunk has one row
     return replace(
         places,
-        later=None if one else _later(_student_labels(student, log_probs), positions, mine, chunks),
-        teacher_later=None if other_one else _later(_teacher_labels(teacher, other, log_probs), other, theirs, chunks),
+        later=None if one else _later(student_likelihoods(student, log_probs), positions, mine, chunks),
+        teacher_later=None
+        if other_one
+        else _later(teacher_likelihoods(teacher, other.labels, log_probs), other, theirs, chunks),
     )
 
 
@@ -158,20 +159,3 @@ def _later(labels: Tensor, positions: Positions, first: Tensor, chunks: int) -> 
     """[C]: the sum of the labels' log-probs [N] of each chunk, but not of its first token."""
     assert positions.chunk is not None
     return chunk_sums(labels.clamp(min=LEAST, max=0.0).index_fill(0, first, 0.0), positions.chunk, chunks)
-
-
-def _student_labels(student: StudentSignal, log_probs: LogProbsOf) -> Tensor:
-    """log q(label) of every row [N], with gradients."""
-    labels = student.positions.labels
-
-    def row(q: DenseView, rows: slice) -> Tensor:
-        return log_probs(q).gather(-1, labels[rows, None])[:, 0]
-
-    return linear_rows(student, row)
-
-
-@torch.no_grad()
-def _teacher_labels(teacher: TeacherSignal, other: Positions, log_probs: LogProbsOf) -> Tensor:
-    """log p(label) of every row [N']."""
-    views = ((teacher.view(rows), other.labels[rows, None]) for rows in slices(len(other)))
-    return torch.cat([log_probs(view).gather(-1, labels)[:, 0] for view, labels in views])

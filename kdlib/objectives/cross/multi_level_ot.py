@@ -15,8 +15,9 @@ from kdlib.kernels import linear_rows
 from kdlib.kernels.outcomes import kl, log_total
 from kdlib.kernels.sinkhorn import sinkhorn
 from kdlib.objectives.cross.base import CrossTokenizerObjective, Tables
+from kdlib.objectives.cross.likelihoods import slices
 from kdlib.objectives.cross.merged import Places, Start, places_of, total_places
-from kdlib.objectives.cross.rows import slices, sum_of_no_rows, teacher_of
+from kdlib.objectives.cross.rows import sum_of_no_rows, teacher_of
 from kdlib.objectives.sinkhorn.costs import costs
 from kdlib.types import DenseView, Loss, Positions, StudentSignal, TeacherSignal, View
 

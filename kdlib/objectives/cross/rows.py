@@ -10,7 +10,6 @@ from torch import Tensor
 from kdlib.head import accumulation_dtype
 from kdlib.kernels.chunked import inputs_of
 from kdlib.objectives.base import Objective
-from kdlib.objectives.cross.likelihoods import TEACHER_ROWS
 from kdlib.types import Positions, StudentSignal, TeacherSignal, feeds
 
 
@@ -44,11 +43,6 @@ def sum_of_no_rows(student: StudentSignal) -> Tensor:
     """0, in the graph of the hidden states and the head, so that a loss without rows can be differentiated."""
     dtype = accumulation_dtype(student.hidden, student.head.weight)
     return torch.stack([x[:0].sum().to(dtype) for x in inputs_of(student) if x is not None]).sum()
-
-
-def slices(total: int) -> list[slice]:
-    """Of 0..total-1, so many rows at a time as logits are made of."""
-    return [slice(start, min(start + TEACHER_ROWS, total)) for start in range(0, total, TEACHER_ROWS)]
 
 
 def positional_pairs(positions: Positions) -> tuple[Tensor, Tensor]:
