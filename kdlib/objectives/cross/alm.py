@@ -51,7 +51,7 @@ class ALM(CrossTokenizerObjective):
     divergence: kl, KL(teacher || student), 0 where both agree; cross_entropy is the same without the teacher's entropy
         (tokenkit's default: equal gradients), reverse_kl, total_variation |e^x - e^y|, or jsd.
     temperature: divides log-likelihoods. At 1, chunks that neither model expects hardly count; at the 100 of the paper's code
-        they count as others do, which was worse here (docs/results/cross_tokenizer_gsm8k.md). inf is the limit (of
+        they count as others do, which was worse here (docs/cross_tokenizer.md). inf is the limit (of
         total_variation: the distance of the log-likelihoods).
     threshold: teacher's probability of white space or special tokens above which a chunk ends; 0 merges nothing.
     debias: compare the end of a chunk as well.
