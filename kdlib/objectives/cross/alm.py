@@ -50,9 +50,8 @@ class ALM(CrossTokenizerObjective):
 
     divergence: kl, KL(teacher || student), 0 where both agree; cross_entropy is the same without the teacher's entropy
         (tokenkit's default: equal gradients), reverse_kl, total_variation |e^x - e^y|, or jsd.
-    temperature: divides log-likelihoods. At 1, chunks that neither model expects hardly count; at the 100 of the paper's code
-        they count as others do, which was worse here (docs/cross_tokenizer.md). inf is the limit (of
-        total_variation: the distance of the log-likelihoods).
+    temperature: divides log-likelihoods. At 1, chunks that neither model expects hardly count; at 100, as in the paper's code,
+        they count as others do. inf is the limit (of total_variation: the distance of the log-likelihoods).
     threshold: teacher's probability of white space or special tokens above which a chunk ends; 0 merges nothing.
     debias: compare the end of a chunk as well.
     hidden: weight of the side term on hidden states; 0 leaves it out.
@@ -64,7 +63,7 @@ class ALM(CrossTokenizerObjective):
     """
 
     divergence: Literal["kl", "reverse_kl", "cross_entropy", "total_variation", "jsd"] = "kl"
-    temperature: float = 1.0
+    temperature: float = 100.0
     threshold: float = 0.1
     debias: bool = True
     hidden: float = 0.0
