@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from gsm8k import DATA, ROOT, TEACHER, run
+from gsm8k import TEACHER, begun, head, run
 from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +25,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training import trained, typed
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kdlib.files import write_whole
 from kdlib.models import load_tokenizer
 from kdlib.tokenizers import byte_tokenizer
 
@@ -204,14 +201,8 @@ def main() -> None:
     arguments = parsed()
     output = None if arguments.output is None else arguments.output.resolve()
     RUNS = RUNS if arguments.runs is None else Path(arguments.runs).resolve()
-    os.chdir(ROOT)
-    if not Path(TEACHER).is_dir():
-        sys.exit(f"skipped: no {TEACHER} beside the project")
-    RUNS.mkdir(parents=True, exist_ok=True)
-    run("examples/gsm8k_rows.py", DATA, "runs/gsm8k")
-    lines = Path("runs/gsm8k/test.jsonl").read_text().splitlines(keepends=True)[: arguments.questions]
-    arguments.rows = str(RUNS / f"test-{arguments.questions}.jsonl")
-    write_whole(Path(arguments.rows), "".join(lines))
+    begun(RUNS)
+    arguments.rows = head("runs/gsm8k/test.jsonl", arguments.questions, RUNS / f"test-{arguments.questions}.jsonl")
     started = {kind: start for kind, start in new_students().items() if kind in arguments.kinds}
     students: dict[str, Found] = {}
     transfers: dict[str, dict[str, float]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,21 @@ SCORES = ("bits_per_byte", "kl_forward", "kl_reverse", "top1_agreement")
 
 def run(*words: str) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def begun(runs: Path) -> None:
+    """In the project's directory, with ``runs`` and the rows of GSM8K made; ends where the teacher is not there."""
+    os.chdir(ROOT)
+    if not Path(TEACHER).is_dir():
+        sys.exit(f"skipped: no {TEACHER} beside the project")
+    runs.mkdir(parents=True, exist_ok=True)
+    run("examples/gsm8k_rows.py", DATA, "runs/gsm8k")
+
+
+def head(rows: str, count: int, target: Path) -> str:
+    """The first rows of a file, in ``target``."""
+    write_whole(target, "".join(Path(rows).read_text().splitlines(keepends=True)[:count]))
+    return str(target)
 
 
 def train(objective: str, seed: int, *, root: str, extra: list[str]) -> str:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from gsm8k import DATA, ROOT, TEACHER, run, score
+from gsm8k import TEACHER, begun, head, score
 from page import markdown_table, write_results
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +24,6 @@ from training import trained
 
 from kdlib.data import load_rows
 from kdlib.data.rows import prepare_dataset
-from kdlib.files import write_whole
 from kdlib.models import load_tokenizer
 
 RUNS = Path("runs/sinkhorn-gsm8k")
@@ -52,15 +49,12 @@ def common(steps: int, *, seed: int, quick: bool) -> dict[str, Any]:
     options = yaml.safe_load(Path("examples/reasoning.yaml").read_text())
     left_out = ("output_dir", "objective", "eval_dataset_name", "num_train_epochs")
     options = {key: value for key, value in options.items() if key not in left_out}
-    small = {"per_device_train_batch_size": 4, "dataset_name": head(options["dataset_name"], 64)} if quick else {}
+    small = (
+        {"per_device_train_batch_size": 4, "dataset_name": head(options["dataset_name"], 64, RUNS / "train.jsonl")}
+        if quick
+        else {}
+    )
     return {**options, "max_steps": steps, "seed": seed, "save_strategy": "no", "disable_tqdm": True, **small}
-
-
-def head(rows: str, count: int) -> str:
-    """The first rows of a file, in one of the same name among the runs."""
-    path = RUNS / Path(rows).name
-    write_whole(path, "".join(Path(rows).read_text().splitlines(keepends=True)[:count]))
-    return str(path)
 
 
 def elsewhere(rows: str, *, limit: int) -> str:
@@ -148,12 +142,8 @@ def main() -> None:
     arguments = parsed()
     output = None if arguments.output is None else arguments.output.resolve()
     RUNS = RUNS if arguments.runs is None else Path(arguments.runs).resolve()
-    os.chdir(ROOT)
-    if not Path(TEACHER).is_dir():
-        sys.exit(f"skipped: no {TEACHER} beside the project")
-    RUNS.mkdir(parents=True, exist_ok=True)
-    run("examples/gsm8k_rows.py", DATA, "runs/gsm8k")
-    arguments.rows = head("runs/gsm8k/test.jsonl", arguments.questions)
+    begun(RUNS)
+    arguments.rows = head("runs/gsm8k/test.jsonl", arguments.questions, RUNS / "test.jsonl")
     new = students(QUICK if arguments.quick else MAIN, {}, arguments.steps, name="new", arguments=arguments)
     start, before = from_elsewhere(arguments)
     moved = students(

@@ -78,6 +78,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int | None = 
     return [found.get(index, b"") for index in range(max(found, default=-1) + 1 if vocab_size is None else vocab_size)]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """{id: content} of the tokens that are no text."""
+    marked = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the unknown token, the tokenizer's and its model's; none where the end of a text stands for it (GPT-2)."""
     from tokenizers.models import Unigram

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdlib.tokenizers.pieces import token_bytes
+from kdlib.tokenizers.pieces import special_tokens, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,12 +50,6 @@ def token_projection(
     counts = torch.tensor([min(len(found), width) for found in pieces])
     shares = torch.tensor([[decay**i if i < count else 0.0 for i in range(width)] for count in range(width + 1)])
     return ids, torch.nn.functional.normalize(shares, p=1.0, dim=-1)[counts]
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """{id: content} of the tokens that are no text."""
-    marked = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def _of_specials(

@@ -114,13 +114,10 @@ class CrossTokenizerTrainer(DistillationTrainer):
 
     def positions(self, batch: Batch) -> dict[str, Positions]:
         """The chunks of the objective and its side terms, and the student's own tokens for cross-entropy."""
-        aligned = aligned_positions(batch)
-        return self._terms_of(replace(aligned, chunk=None, chunks=0, other=None), aligned)
-
-    def _terms_of(self, own: Positions, aligned: Positions) -> dict[str, Positions]:
-        aligned = replace(aligned, total=self.objective.total(aligned))
-        terms = {"distill": aligned, **dict.fromkeys(self.objective.side_weights, aligned)}
-        return {**terms, "cross_entropy": own} if self.objective.cross_entropy else terms
+        rows = aligned_positions(batch)
+        aligned = replace(rows, total=self.objective.total(rows))
+        own = replace(rows, chunk=None, chunks=0, other=None)
+        return {name: own if name == "cross_entropy" else aligned for name in self.term_weights}
 
     @property
     def term_weights(self) -> dict[str, float]:

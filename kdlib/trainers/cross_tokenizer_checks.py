@@ -12,6 +12,7 @@ from kdlib.objectives.cross import CrossTokenizerObjective, Tables
 from kdlib.teachers import CachedTeacher, ConsistencyEnsemble, HFTeacher, RoutedTeacher, SelfTeacher, VLLMTeacher, leaves
 from kdlib.tokenizers import same_tokenizer
 from kdlib.trainers.config import DistillationConfig
+from kdlib.trainers.setup import check_rows_of
 from kdlib.trainers.turns import end_of_turn
 from kdlib.types import Support, Teacher
 
@@ -72,11 +73,8 @@ def match_own_tokens(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
     """Cuts each member's logits to its own tokenizer; ValueError where it was made for another."""
     size = len(tokenizer)
     for member in leaves(teacher):
-        if isinstance(member, CachedTeacher):
-            member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
-        elif isinstance(member, VLLMTeacher):
-            member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
-        elif isinstance(member, HFTeacher | ConsistencyEnsemble):
+        check_rows_of(member, tokenizer, args)
+        if isinstance(member, HFTeacher | ConsistencyEnsemble):
             main: Any = member if isinstance(member, HFTeacher) else member.teachers[0]
             entries = main.model.get_input_embeddings().weight.shape[0]
             if size > entries:

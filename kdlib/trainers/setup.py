@@ -224,15 +224,20 @@ def match_tokenizers(teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
     """What all models' logits are cut to: the tokenizer's length. ValueError when the tokenizers differ."""
     size = len(tokenizer)
     for member in leaves(teacher):
-        if isinstance(member, CachedTeacher):
-            member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
-        elif isinstance(member, VLLMTeacher):
-            member.check(tokenizer, size, max_length=args.max_length if args.on_policy_fraction < 1 else None)
-        elif isinstance(member, HFTeacher | ConsistencyEnsemble | SelfTeacher):
-            if isinstance(member, HFTeacher | ConsistencyEnsemble):
-                _check_same(tokenizer, member.tokenizer)
+        check_rows_of(member, tokenizer, args)
+        if isinstance(member, HFTeacher | ConsistencyEnsemble):
+            _check_same(tokenizer, member.tokenizer)
+        if isinstance(member, HFTeacher | ConsistencyEnsemble | SelfTeacher):
             member.vocab_size = size
     return size
+
+
+def check_rows_of(member: Teacher, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> None:
+    """ValueError for a cache or server that does not read rows of the tokenizer; a server's logits are cut to it."""
+    if isinstance(member, CachedTeacher):
+        member.check(tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+    if isinstance(member, VLLMTeacher):
+        member.check(tokenizer, len(tokenizer), max_length=args.max_length if args.on_policy_fraction < 1 else None)
 
 
 def _check_same(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None) -> None:

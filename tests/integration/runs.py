@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedModel
 
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -108,3 +110,34 @@ def _timed(key: str) -> bool:
 def values(output: Path, key: str) -> list[float]:
     """One key over the lines that have it."""
     return [line[key] for line in metrics(output) if key in line]
+
+
+def alone_and_by_two(directory: Path, words: list[str], *, compared: Sequence[str]) -> Path:
+    """The directory of a run of three steps of 8 rows, after the same run by two processes has logged the same."""
+    one = completed(directory / "one", [*words, "--per_device_train_batch_size", "8"], launcher=SINGLE)
+    shape = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
+    two = completed(directory / "two", [*words, *shape], launcher=TORCHRUN)
+    assert values(two, "scored_tokens") == values(one, "scored_tokens")
+    for key in compared:
+        wanted = values(one, key)
+        assert len(wanted) == (1 if key.startswith("eval") else 3), key
+        assert values(two, key) == pytest.approx(wanted, rel=1e-5, abs=1e-6), key
+    return one
+
+
+def whole_and_killed(directory: Path, words: list[str], *, files: Sequence[str]) -> tuple[Path, Path]:
+    """The directories of a run of six steps in batches of 2 x 2, and of one that was killed in step 5 and went on.
+
+    ``files`` of both are the same to the byte.
+    """
+    words = [*words, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    words += ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
+    whole, cut = completed(directory / "whole", words), directory / "run"
+    killed = distill(cut, words, environment={"INTERRUPT_SIGNAL": "SIGKILL", "INTERRUPT_STEP": "5"})
+    assert killed.returncode == -signal.SIGKILL and not (cut / "final").exists()
+    again = distill(cut, words)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert f"resuming from {cut / 'checkpoint-4'}" in again.stderr
+    for name in files:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    return whole, cut

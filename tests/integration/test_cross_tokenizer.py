@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 
 from kdlib.objectives.cross import ALM, CrossTokenizerObjective, DualSpace, HybridULD
 from tests.integration.interrupted import interrupt
-from tests.integration.runs import SINGLE, TORCHRUN, Material, completed, distill, metrics, values
+from tests.integration.runs import Material, alone_and_by_two, metrics, values, whole_and_killed
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.trainers.cross_plain import PAIRS, cross_trainer, other_model, rows_of, teachers_tokenizer
 from tests.trainers.small import logged, saved
@@ -74,14 +73,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, files: Material, object
     """Three steps of 8 rows, the last with 4, of which one process has none; weights follow the gradients of both."""
     words = [*files.words, "--eval_dataset_name", files.held_out, "--objective", objective, *OBJECTIVES[objective], *COMMON]
     words += ["--max_steps", "3", "--save_strategy", "no"]
-    one = completed(tmp_path / "one", [*words, "--per_device_train_batch_size", "8"], launcher=SINGLE)
-    shape = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
-    two = completed(tmp_path / "two", [*words, *shape], launcher=TORCHRUN)
-    assert values(two, "scored_tokens") == values(one, "scored_tokens")
-    for key in COMPARED:
-        wanted = values(one, key)
-        assert len(wanted) == (1 if key.startswith("eval") else 3), key
-        assert values(two, key) == pytest.approx(wanted, rel=1e-5, abs=1e-6), key
+    one = alone_and_by_two(tmp_path, words, compared=COMPARED)
     assert len(set(values(one, "objective/weight.distill"))) == 3
 
 
@@ -89,18 +81,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path, files: Material, object
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, files: Material, peft: list[str]) -> None:
     """With modules of the objective, balanced weights and half of the rows drawn by the student."""
     words = [*files.words, "--objective", INTERRUPTED, *OBJECTIVES["ALM"], *COMMON, *peft]
-    words += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     words += ["--on_policy_fraction", "0.5", "--max_completion_length", "6", "--max_length", "64"]
-    words += ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
-    whole, cut = completed(tmp_path / "whole", words), tmp_path / "run"
-    killed = distill(cut, words, environment={"INTERRUPT_SIGNAL": "SIGKILL", "INTERRUPT_STEP": "5"})
-    assert killed.returncode == -signal.SIGKILL and not (cut / "final").exists()
-    again = distill(cut, words)
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert f"resuming from {cut / 'checkpoint-4'}" in again.stderr
-    names = ["final/model.safetensors", "checkpoint-6/kdlib_state.json", "checkpoint-6/objective_modules.safetensors"]
-    for name in names:
-        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    files_of_both = ["final/model.safetensors", "checkpoint-6/kdlib_state.json", "checkpoint-6/objective_modules.safetensors"]
+    whole, cut = whole_and_killed(tmp_path, words, files=files_of_both)
     assert untimed(cut) == untimed(whole)
 
 

@@ -363,7 +363,10 @@ def test_gradients_of_hidden_states() -> None:
 
     def value(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         module = torch.nn.Linear(4, 6, bias=False).double()
-        parametrized = lambda states: torch.func.functional_call(module, {"weight": weight}, (states,))  # noqa: E731
+
+        def parametrized(states: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(module, {"weight": weight}, (states,))
+
         student = replace(case.student, hidden=hidden)
         return alm.side_terms(student, case.teacher, Tables(modules=parametrized))["hidden"].sum
 

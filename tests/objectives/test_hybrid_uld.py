@@ -75,7 +75,9 @@ def oracle(case: CrossCase, objective: HybridULD, *, weights: tuple[float, float
         ({"matched_weight": 0.0}, (0.0, None)),
     ],
 )
-def test_value_and_gradient(seed, vocab, options, weights) -> None:  # type: ignore[no-untyped-def]
+def test_value_and_gradient(
+    seed: int, vocab: tuple[int, int], options: dict[str, float], weights: tuple[float | None, float | None] | None
+) -> None:
     layout = ((((2, 1), (1, 3), (-1, -2), (1, 2)), ((1, 1), (2, 2)), ((3, 2),)), *map(random_layout, range(3)))[seed]
     case, objective = cross_case(layout, seed=seed, vocab=vocab), HybridULD(**options)
     share = 5 / vocab[1]

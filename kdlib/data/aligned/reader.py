@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdlib.tokenizers import token_bytes
-from kdlib.tokenizers.pieces import unknown_ids
+from kdlib.tokenizers.pieces import special_tokens, unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +40,7 @@ class Reader:
     @cached_property
     def special(self) -> frozenset[int]:
         """Tokens that are no text."""
-        marked = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return frozenset(marked | set(self.tokenizer.all_special_ids))
+        return frozenset(special_tokens(self.tokenizer))
 
     @cached_property
     def unknown(self) -> frozenset[int]:

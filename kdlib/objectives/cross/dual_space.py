@@ -13,7 +13,7 @@ from kdlib.objectives.base import RowObjective
 from kdlib.objectives.cross.alm import DIVERGENCES
 from kdlib.objectives.cross.base import CrossTokenizerObjective, Tables, tables_of
 from kdlib.objectives.cross.likelihoods import chunk_sums, first_rows
-from kdlib.objectives.cross.rows import rows_of_student, rows_of_teacher, teacher_of
+from kdlib.objectives.cross.rows import rows_of_student, teacher_of
 from kdlib.objectives.cross_entropy import CrossEntropy
 from kdlib.objectives.kl import ForwardKL
 from kdlib.types import Loss, Positions, StudentSignal, Support, TeacherSignal, View
@@ -102,7 +102,7 @@ class DualSpace(CrossTokenizerObjective):
             head=teacher.head.detached(),
             positions=replace(positions, weight=crossed.weight),
         )
-        s2t = linear_objective(there, rows_of_teacher(teacher, rows), ForwardKL(temperature=self.temperature))
+        s2t = linear_objective(there, teacher.kept(rows), ForwardKL(temperature=self.temperature))
         count = self.total(student.positions)
         parts = {"dual_t2s_cross_entropy": label, "dual_t2s": t2s, "dual_s2t": s2t}
         metrics = {name: (part.sum.detach(), count) for name, part in parts.items()}

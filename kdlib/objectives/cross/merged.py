@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdlib.kernels import linear_rows
 from kdlib.objectives.cross.likelihoods import LogProbsOf, chunk_sums, first_rows, student_likelihoods, teacher_likelihoods
-from kdlib.objectives.cross.rows import positional_pairs, rows_of_student, rows_of_teacher
+from kdlib.objectives.cross.rows import positional_pairs, rows_of_student
 from kdlib.types import DenseView, Positions, StudentSignal, TeacherSignal
 
 Alignment = Literal["chunks", "positional"]
@@ -103,7 +103,7 @@ def places_of(student: StudentSignal, teacher: TeacherSignal, *, alignment: Alig
         mine, theirs = (first_rows(side.chunk, positions.chunks) for side in (positions, other) if side.chunk is not None)
     places = Places(
         student=rows_of_student(student, mine),
-        teacher=rows_of_teacher(teacher, theirs),
+        teacher=teacher.kept(theirs),
         first=positions.labels[mine],
         teacher_first=other.labels[theirs],
     )

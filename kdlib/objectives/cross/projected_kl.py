@@ -15,7 +15,7 @@ from kdlib.objectives.base import RowObjective
 from kdlib.objectives.cross.alm import DIVERGENCES
 from kdlib.objectives.cross.base import CrossTokenizerObjective, Tables, tables_of
 from kdlib.objectives.cross.likelihoods import first_rows
-from kdlib.objectives.cross.rows import rows_of_student, rows_of_teacher, teacher_of
+from kdlib.objectives.cross.rows import rows_of_student, teacher_of
 from kdlib.types import LogProbs, Loss, StudentSignal, Support, TeacherSignal, View
 
 
@@ -69,7 +69,7 @@ class ProjectedKL(CrossTokenizerObjective):
                 "give token_projection the sizes of both heads"
             )
         mine = rows_of_student(student, first_rows(positions.chunk, positions.chunks))
-        theirs = rows_of_teacher(teacher, first_rows(positions.other.chunk, positions.chunks))
+        theirs = teacher.kept(first_rows(positions.other.chunk, positions.chunks))
         links = _links(*projection, teacher.vocab_size)
         found = linear_objective(mine, theirs, ProjectedRows(options=self, links=links, temperature=self.temperature))
         return Loss(

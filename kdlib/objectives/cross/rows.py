@@ -24,11 +24,6 @@ def rows_of_student(student: StudentSignal, index: Tensor) -> StudentSignal:
     return replace(student, hidden=student.hidden.index_select(0, index), positions=positions)
 
 
-def rows_of_teacher(teacher: TeacherSignal, index: Tensor) -> TeacherSignal:
-    """The rows ``index`` [n], in that order, in the same storage."""
-    return teacher.kept(index)
-
-
 def teacher_of(objective: Objective, teacher: TeacherSignal | None) -> TeacherSignal:
     """The teacher's signal; ValueError where there is none or it does not feed the objective."""
     name = type(objective).__name__
