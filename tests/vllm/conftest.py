@@ -33,10 +33,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """``serve(directory, *arguments, env={}, wait=True)`` starts a server that lives until the session ends.
+    """``serve(directory, *arguments, env={}, wait=True)`` starts a server that lives until the module ends.
 
+    Longer, and those of all modules would fill the memory: each has a KV cache of 1 GiB beside its process.
     ``.url``, ``.process``, ``.kill()``, ``.start()`` (same port) and ``.wait()`` are those of servers.ServedModel.
     """
     logs, number = tmp_path_factory.mktemp("servers"), itertools.count()
