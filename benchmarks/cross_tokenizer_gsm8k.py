@@ -1,10 +1,10 @@
 """A teacher of one tokenizer, students of two others: fine-tuning against ULD, HybridULD and ALM on the same text.
 
 python benchmarks/cross_tokenizer_gsm8k.py --seeds 0 1 2 --output docs/results/cross_tokenizer_gsm8k.md
-Teacher: the 4.2M-parameter Llama of GSM8K (4096 BPE tokens). Students: new weights, with tokens that are bytes or a Unigram
-tokenizer trained on the training text. All of one tokenizer see the same rows in the same order, so equal bytes, and are scored
-by bits per byte on the answers of test questions. Then the teacher itself is given each tokenizer (kdlib transplant) and taught
-by what it was (ALM): how much of the gap that the new tokenizer opened is closed. --quick trains for a few steps.
+Teacher: the 4.2M-parameter Llama of GSM8K (4096 BPE tokens). Students: what `kdlib transplant` makes of it with tokens that are
+bytes or a Unigram tokenizer trained on the training text. First on few rows: all methods of a tokenizer see the same rows in
+the same order, so equal bytes, other rows with every seed, and are scored by bits per byte on answers of test questions. Then
+on all rows, by the model as it was: how much of the gap that the new tokenizer opened is closed. --quick trains few steps.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training import trained, typed
-from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kdlib.files import write_whole
 from kdlib.models import load_tokenizer
 from kdlib.tokenizers import byte_tokenizer
 
@@ -33,20 +34,27 @@ METHODS: dict[str, Any] = {
     "fine-tuning": "CrossEntropy",
     "ULD": "ULD",
     "HybridULD": "HybridULD",
-    "ALM, T = 1": {"ALM": {"temperature": 1.0}},
-    "ALM, T = 100": {"ALM": {"temperature": 100.0}},
+    "ALM": {"ALM": {"cross_entropy": 0.1, "hidden": 1.0}},
+    "fine-tuning, a quarter of the steps": "CrossEntropy",  # before it has learnt the rows by heart
 }
-BATCH = {"bytes": 8, "Unigram": 16}  # rows a step: those of bytes are four times as long
+TEACHER_FREE = "fine-tuning"
+SCORED = 250  # the first test questions; rows that the teacher was not trained on are taken from behind them
+FEW = {"Unigram": 160, "bytes": 40}  # rows of a student: those of bytes are four times as long
+BATCH = {"Unigram": 8, "bytes": 2}  # rows a step on few rows
+ALL = {  # on all rows
+    "Unigram": {"batch": 8, "rate": 1e-3, "steps": 600},
+    "bytes": {"batch": 4, "rate": 2e-3, "steps": 400},
+}
+RATE = 1e-3  # on few rows
 Found = dict[str, list[float]]  # bits per byte of each seed, by method
 
 
-def common(kind: str, *, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that all runs of a tokenizer share: those of examples/reasoning.yaml, with room for bytes."""
+def common(rows: int, rate: float, *, seed: int, quick: bool) -> dict[str, Any]:
+    """The options that all runs share: those of examples/reasoning.yaml, with room for bytes."""
     options = yaml.safe_load(Path("examples/reasoning.yaml").read_text())
-    kept = ("dataset_name", "learning_rate", "warmup_steps", "weight_decay", "logging_steps")
-    rows = 4 if arguments.quick else BATCH[kind]
-    fixed = {"max_length": 1024, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": rows, "seed": seed}
-    return {**{key: options[key] for key in kept}, **fixed}
+    kept = ("warmup_steps", "weight_decay", "logging_steps")
+    fixed = {"max_length": 1024, "save_strategy": "no", "disable_tqdm": True, "seed": seed, "learning_rate": rate}
+    return {**{key: options[key] for key in kept}, **fixed, "per_device_train_batch_size": 4 if quick else rows}
 
 
 def texts(rows: str) -> Iterator[str]:
@@ -84,16 +92,22 @@ def speaking(tokenizer: PreTrainedTokenizerBase, like: PreTrainedTokenizerBase) 
     return tokenizer
 
 
-def new_students() -> dict[str, Path]:
-    """A directory for each tokenizer: it, and the configuration of a student with new weights."""
+def tokenizers() -> dict[str, Path]:
+    """A directory for each tokenizer."""
     like = load_tokenizer(TEACHER)
-    overrides = yaml.safe_load(Path("examples/reasoning.yaml").read_text())["config_overrides"]
     found = {}
     for kind, tokenizer in {"bytes": byte_tokenizer(like), "Unigram": unigram(like, vocab_size=2048)}.items():
-        found[kind] = RUNS / f"new-{kind}"
+        found[kind] = RUNS / f"tokenizer-{kind}"
         speaking(tokenizer, like).save_pretrained(found[kind])
-        AutoConfig.from_pretrained(TEACHER, **overrides, vocab_size=len(tokenizer)).save_pretrained(found[kind])
     return found
+
+
+def transplanted(kind: str, tokenizer: Path) -> Path:
+    """The teacher in new tokens, as it is before any training."""
+    start = RUNS / f"transplanted-{kind}" / "final"
+    if not start.is_dir():
+        run("-m", "kdlib", "transplant", *typed({"model": TEACHER, "tokenizer": tokenizer, "output_dir": start}))
+    return start
 
 
 def scored(model: Path, rows: str) -> float:
@@ -105,27 +119,47 @@ def scored(model: Path, rows: str) -> float:
     return float(json.loads(kept.read_text())["bits_per_byte"])
 
 
+def few(kind: str, *, seed: int) -> str:
+    """Rows that the teacher was not trained on, others for each seed."""
+    rows = Path("runs/gsm8k/test.jsonl").read_text().splitlines(keepends=True)[SCORED:]
+    target = RUNS / f"rows-{kind}-{seed}.jsonl"
+    write_whole(target, "".join(rows[FEW[kind] * seed : FEW[kind] * (seed + 1)]))
+    return str(target)
+
+
 def taught(kind: str, start: Path, method: str, *, seed: int, arguments: argparse.Namespace) -> Path:
-    """The ``final`` of a student with new weights; a finished one is not trained again."""
-    options = {**common(kind, seed=seed, arguments=arguments), "max_steps": arguments.steps, "from_scratch": True}
-    teacher = {} if method == "fine-tuning" else {"teacher": TEACHER}
+    """The ``final`` of a student on few rows; a finished one is not trained again."""
+    steps = arguments.steps // 4 if method.endswith("a quarter of the steps") else arguments.steps
+    options = common(BATCH[kind], RATE, seed=seed, quick=arguments.quick) | {"max_steps": max(1, steps)}
     where = RUNS / f"{kind}-{list(METHODS).index(method)}-{seed}"
-    return trained("distill", where, model=start, objective=METHODS[method], **teacher, **options)
+    rows = {"dataset_name": few(kind, seed=seed)}
+    return trained("distill", where, model=start, objective=METHODS[method], **teacher_of(method), **rows, **options)
 
 
-def transferred(kind: str, tokenizer: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Bits per byte of the teacher in new tokens: before, after fine-tuning, and after ALM by what it was (seed 0)."""
-    start = RUNS / f"transplanted-{kind}" / "final"
-    if not start.is_dir():
-        given = "bytes" if kind == "bytes" else tokenizer
-        run("-m", "kdlib", "transplant", *typed({"model": TEACHER, "tokenizer": given, "output_dir": start}))
-    options = {**common(kind, seed=0, arguments=arguments), "max_steps": arguments.transfer_steps, "learning_rate": 1e-3}
+def teacher_of(method: str) -> dict[str, str]:
+    return {} if method.startswith(TEACHER_FREE) else {"teacher": TEACHER}
+
+
+def recovered(kind: str, start: Path, method: str, arguments: argparse.Namespace) -> Path:
+    """The ``final`` of the transplanted teacher after training on all rows, seed 0."""
+    options = common(int(ALL[kind]["batch"]), ALL[kind]["rate"], seed=0, quick=arguments.quick)
+    options |= {"dataset_name": "runs/gsm8k/train.jsonl", "max_steps": 2 if arguments.quick else int(ALL[kind]["steps"])}
+    where = RUNS / f"transfer-{kind}-{list(METHODS).index(method)}"
+    return trained("distill", where, model=start, objective=METHODS[method], **teacher_of(method), **options)
+
+
+def student(kind: str, start: Path, arguments: argparse.Namespace) -> Path:
+    """What training on few rows starts from. In bytes the transplanted model writes no text yet, and few rows teach it little
+    by any method: it is fine-tuned on all rows before.
+    """
+    return recovered(kind, start, TEACHER_FREE, arguments) if kind == "bytes" else start
+
+
+def transferred(kind: str, start: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Bits per byte of the teacher in new tokens: before, after fine-tuning, and after ALM by what it was."""
     found = {"transplanted": scored(start, arguments.rows)}
-    for method in ("fine-tuning", "ALM, T = 1"):
-        teacher = {} if method == "fine-tuning" else {"teacher": TEACHER}
-        where = RUNS / f"transfer-{kind}-{list(METHODS).index(method)}"
-        model = trained("distill", where, model=start, objective=METHODS[method], **teacher, **options)
-        found[method] = scored(model, arguments.rows)
+    for method in arguments.transfer:
+        found[method] = scored(recovered(kind, start, method, arguments), arguments.rows)
     return found
 
 
@@ -159,19 +193,21 @@ def transfer_lines(results: Mapping[str, dict[str, float]], teacher: float) -> l
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of students with new weights")
-    parser.add_argument("--transfer-steps", type=int, default=200, help="steps of the transplanted teacher")
-    parser.add_argument("--questions", type=int, default=250, help="test questions whose answers are scored")
-    parser.add_argument("--kinds", nargs="+", default=["Unigram", "bytes"], choices=list(BATCH))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the rows, their order and the draws")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps on few rows")
+    parser.add_argument("--kinds", nargs="+", default=list(FEW), choices=list(FEW))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--only", choices=["students", "transfer"], help="one of the two parts")
+    parser.add_argument(
+        "--transfer", nargs="+", default=["fine-tuning", "ALM"], choices=list(METHODS), help="methods on all rows"
+    )
+    parser.add_argument("--only", choices=["few", "transfer"], help="one of the two parts")
     parser.add_argument("--runs", help="where the students are kept, runs/cross-tokenizer-gsm8k when left out")
     parser.add_argument("--output", type=Path, help="write the tables as Markdown to this file")
     parser.add_argument("--quick", action="store_true", help="a few steps and rows")
     given = parser.parse_args()
+    given.questions = 8 if given.quick else SCORED
     if given.quick:
-        given.seeds, given.steps, given.transfer_steps, given.questions, given.kinds = [0], 2, 2, 8, ["Unigram"]
+        given.seeds, given.steps, given.kinds = [0], 2, ["Unigram"]
     return given
 
 
@@ -180,18 +216,21 @@ TRANSFERS = ("new tokens", "model", "bits per byte", "gap closed")
 
 
 def page(students: Mapping[str, Found], transfers: Mapping[str, dict[str, float]], teacher: float, given: Any) -> list[str]:
-    rows = ", ".join(f"{BATCH[kind]} rows a step with {kind}" for kind in students or transfers)
+    rows = ", ".join(f"{FEW[kind]} with {kind} ({BATCH[kind]} a step)" for kind in students or transfers)
     return [
         f"Answers of {given.questions} test questions. Teacher: a 4.2M-parameter Llama with 4096 BPE tokens, {teacher:.4f} "
-        f"bits per byte. {rows}; otherwise the settings of `examples/reasoning.yaml` and each objective's defaults, "
-        "cross-entropy beside it included.",
-        f"## Students with new weights, {given.steps} steps",
-        "1.1M parameters less the embeddings that a smaller vocabulary does not need. Mean ± standard deviation over seeds "
-        f"{given.seeds}; the same rows in the same order for all methods of a tokenizer, so equal bytes.",
+        "bits per byte. Students: the teacher after `kdlib transplant`. Linear warm-up over 5% of the steps, then cosine; "
+        f"weight decay 0.1. ALM with {json.dumps(METHODS['ALM']['ALM'])}; everything else, ULD and HybridULD too, at its "
+        "defaults.",
+        f"## Few rows, {given.steps} steps",
+        f"Rows of GSM8K's test split behind the scored ones, which the teacher was not trained on: {rows}, others for each "
+        f"seed; peak learning rate {RATE:g}. Students start from the transplanted model, in bytes from the one fine-tuned on "
+        f"all rows below. Mean ± standard deviation over seeds {given.seeds}; the same rows in the same order for all "
+        "methods of a tokenizer and seed, so equal bytes.",
         markdown_table(STUDENTS, student_lines(students)),
-        f"## The teacher in new tokens, {given.transfer_steps} steps",
-        "`kdlib transplant` with its defaults, then `kdlib distill` by cross-entropy alone and by ALM with the model as it was "
-        "as the teacher; learning rate 1e-3, seed 0. The gap is that between the transplanted model and the teacher.",
+        "## All rows",
+        "The training split, by cross-entropy alone and by ALM with the model as it was as the teacher; rows a step, peak "
+        f"learning rate and steps: {json.dumps(ALL)}, seed 0. The gap is that between the transplanted model and the teacher.",
         markdown_table(TRANSFERS, transfer_lines(transfers, teacher)),
     ]
 
@@ -203,16 +242,16 @@ def main() -> None:
     RUNS = RUNS if arguments.runs is None else Path(arguments.runs).resolve()
     begun(RUNS)
     arguments.rows = head("runs/gsm8k/test.jsonl", arguments.questions, RUNS / f"test-{arguments.questions}.jsonl")
-    started = {kind: start for kind, start in new_students().items() if kind in arguments.kinds}
+    starts = {kind: transplanted(kind, path) for kind, path in tokenizers().items() if kind in arguments.kinds}
     students: dict[str, Found] = {}
     transfers: dict[str, dict[str, float]] = {}
-    for kind, start in started.items() if arguments.only != "transfer" else ():
-        students[kind] = {method: [] for method in arguments.methods}
+    for kind, transplant in starts.items() if arguments.only != "transfer" else ():
+        start, students[kind] = student(kind, transplant, arguments), {method: [] for method in arguments.methods}
         for seed in arguments.seeds:
             for method in arguments.methods:
                 model = taught(kind, start, method, seed=seed, arguments=arguments)
                 students[kind][method].append(scored(model, arguments.rows))
-    for kind, start in started.items() if arguments.only != "students" else ():
+    for kind, start in starts.items() if arguments.only != "few" else ():
         transfers[kind] = transferred(kind, start, arguments)
     kept = RUNS / "teacher.json"
     run("-m", "kdlib", "evaluate", *typed({"model": TEACHER, "dataset_name": arguments.rows, "output_path": kept}))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
     from kdlib.eval import evaluate
     from kdlib.objectives import (
         ALM,
+        REDI,
         TAID,
         ULD,
         AdaptiveKL,
@@ -69,12 +70,14 @@ if TYPE_CHECKING:  # the same names as in _HOME, for editors and type checkers
         EagleTrainer,
         JacobiConfig,
         JacobiTrainer,
+        PairedTrainer,
         SinkhornTrainer,
     )
     from kdlib.types import Head, LogProbs, Loss, Positions, StudentSignal, Support, TeacherSignal
 
 __all__ = [
     "ALM",
+    "REDI",
     "TAID",
     "ULD",
     "AdaptiveKL",
@@ -112,6 +115,7 @@ __all__ = [
     "MaskedELBO",
     "MultiLevelOT",
     "NegLogAcceptance",
+    "PairedTrainer",
     "PlackettLuce",
     "Positions",
     "ProjectedKL",
@@ -162,6 +166,7 @@ _ELSEWHERE = {
         "EagleTrainer",
         "JacobiConfig",
         "JacobiTrainer",
+        "PairedTrainer",
         "SinkhornTrainer",
     ),
     "kdlib.types": ("Head", "LogProbs", "Loss", "Positions", "StudentSignal", "Support", "TeacherSignal"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from kdlib.cli.hub_arguments import DataHubArguments
 from kdlib.cli.parsing import parse
 
 DESCRIPTION = """Writes a teacher's top-k (or sampled, or given tokens') log-probs at the scored positions of a dataset;
@@ -73,11 +74,12 @@ class CacheArguments:
 
 
 def run(words: list[str]) -> int:
-    options = parse("cache", DESCRIPTION, [CacheArguments], words)
+    options = parse("cache", DESCRIPTION, [CacheArguments, DataHubArguments], words)
     if options is None:
         return 0
-    a = options.build(CacheArguments)
+    a, hub = options.build(CacheArguments), options.build(DataHubArguments)
     _check_directory(Path(a.output_dir))
+    hub.check(a.teacher_checkpoint or a.teacher)
     index = _write(a)
     size = sum(shard.bytes for shard in index.shards)
     tokens = sum(shard.tokens for shard in index.shards)
@@ -86,7 +88,8 @@ def run(words: list[str]) -> int:
         f"{a.output_dir}: {tokens:,} tokens, {size / max(1, tokens):.1f} bytes a token, k={index.meta.k}, {a.kind}",
         markup=False,
     )
-    console.print(f"next    {_next_command(a)}", markup=False)
+    for line in [*hub.push(Path(a.output_dir)), f"next    {_next_command(a)}"]:
+        console.print(line, markup=False)
     return 0
 
 

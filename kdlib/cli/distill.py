@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from kdlib.cli.train import Run
 
 if TYPE_CHECKING:
@@ -23,14 +25,43 @@ class DistillRun(Run):
     def make_trainer(self, **given: Any) -> DistillationTrainer:
         return self._trainer_class()(self.arguments.model, self.arguments.teacher, **given)
 
+    def training_rows(self) -> Any:
+        """Rows, or for a loss of pairs what pairs are made of: a directory of ``kdlib generate`` too."""
+        if not self._paired:
+            return super().training_rows()
+        from kdlib.data.pairs import load_pairs
+
+        a = self.arguments
+        return load_pairs(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
+
+    def preview(self) -> int:
+        """Of pairs, the right answers and then the wrong ones."""
+        if not self._paired:
+            return super().preview()
+        from kdlib.data.pairs import preview_pairs
+        from kdlib.trainers import PairedTrainer, setup
+
+        tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args)
+        rows = PairedTrainer.prepared_pairs(self.training_rows(), tokenizer, self.args, training=True)
+        Console(soft_wrap=True, highlight=False).print(preview_pairs(rows.dataset, tokenizer, count=self.arguments.preview))
+        return 0
+
+    @property
+    def _paired(self) -> bool:
+        from kdlib.objectives import REDI
+
+        return isinstance(self.arguments.objective, REDI)
+
     def _trainer_class(self) -> type[DistillationTrainer]:
         """The trainer of the objective."""
-        from kdlib.objectives import Sinkhorn
+        from kdlib.objectives import REDI, Sinkhorn
         from kdlib.objectives.cross import CrossTokenizerObjective
-        from kdlib.trainers import CrossTokenizerTrainer, DistillationTrainer, SinkhornTrainer
+        from kdlib.trainers import CrossTokenizerTrainer, DistillationTrainer, PairedTrainer, SinkhornTrainer
 
         if isinstance(self.arguments.objective, CrossTokenizerObjective):
             return CrossTokenizerTrainer
+        if isinstance(self.arguments.objective, REDI):
+            return PairedTrainer
         return SinkhornTrainer if isinstance(self.arguments.objective, Sinkhorn) else DistillationTrainer
 
 

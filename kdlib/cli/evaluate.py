@@ -1,18 +1,21 @@
-"""``kdlib evaluate``: lm-eval tasks, bits per byte on a text, and KL to a teacher."""
+"""``kdlib evaluate``: problems of your own, lm-eval tasks, bits per byte on a text, and KL to a teacher."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from rich.console import Console
-
+from kdlib.cli.evaluate_asked import Asked, EngineArguments
+from kdlib.cli.evaluate_sampled import SampledArguments
 from kdlib.cli.parsing import parse
 from kdlib.cli.scoring import ScoringArguments, check_tasks
+from kdlib.cli.stoppable import run_stoppable
 
-DESCRIPTION = """Scores a model: lm-eval tasks (--tasks), bits per byte of a text (--dataset_name), and
-KL to a teacher (--teacher).
+DESCRIPTION = """Scores a model: problems with answers (--problems, --verify: avg@n and pass@k), lm-eval tasks (--tasks),
+bits per byte of a text (--dataset_name), and KL to a teacher (--teacher).
+
+--compare.base BASE --compare.teacher TEACHER score further models on the same problems, in one table with what each gains over
+the one before it. What is done is kept in --output_path: the same command continues.
 
 kdlib evaluate acceptance measures a draft for speculative decoding, kdlib evaluate jacobi the tokens per forward pass of a
 model that decodes in parallel, kdlib evaluate diffusion accuracy against forward passes of a diffusion language model: see
@@ -24,21 +27,28 @@ class EvaluateArguments:
     """What is scored, on what.
 
     Args:
-        model: a path or Hub id.
-        backend: hf runs the model in this process.
+        model: a path, a Hub id, or the URL of a vLLM server.
+        backend: hf runs the model in this process, vllm in an engine, server asks the vLLM server whose URL model is.
+        name: what the model is called in tables and files, student when left out.
+        compare: further models on the same problems, NAME: path, Hub id or URL; each gains over the one before it, the model
+            is the last.
         teacher: report KL both ways and top-1 agreement with this model on dataset_name.
         dataset_name: rows for bits per byte, as for kdlib distill.
         dataset_test_split: split of these rows.
         max_length: rows longer than this keep their first max_length tokens.
-        batch_size: rows at a time.
-        output_path: write results as JSON to this file or directory.
-        log_samples: keep every prompt and answer in that JSON.
+        batch_size: rows at a time; of a server, requests at a time.
+        output_path: write results as JSON to this file or directory; with problems, compare or name a directory that the same
+            command continues in.
+        log_samples: keep every prompt and answer of tasks in that JSON.
         dtype: auto (as saved), float32 or bfloat16.
-        device: cpu, cuda or cuda:N; chosen when left out.
+        device: cpu, cuda or cuda:N; chosen when left out; backend hf.
+        overwrite: score anew what output_path has already.
     """
 
     model: str
-    backend: Literal["hf"] = "hf"
+    backend: Literal["hf", "vllm", "server"] = "hf"
+    name: str | None = None
+    compare: dict[str, str] | None = None
     teacher: str | None = None
     dataset_name: str | None = None
     dataset_test_split: str = "train"
@@ -48,6 +58,7 @@ class EvaluateArguments:
     log_samples: bool = False
     dtype: str = "auto"
     device: str | None = None
+    overwrite: bool = False
 
 
 def run(words: list[str]) -> int:
@@ -63,104 +74,20 @@ def run(words: list[str]) -> int:
         from kdlib.cli.evaluate_diffusion import run as run_diffusion
 
         return run_diffusion(words[1:])
-    options = parse("evaluate", DESCRIPTION, [EvaluateArguments, ScoringArguments], words)
+    classes = [EvaluateArguments, SampledArguments, EngineArguments, ScoringArguments]
+    options = parse("evaluate", DESCRIPTION, classes, words)
     if options is None:
         return 0
-    arguments, scoring = options.build(EvaluateArguments), options.build(ScoringArguments)
-    if not scoring.tasks and not arguments.dataset_name:
-        raise ValueError("nothing to score: add --tasks TASK, or --dataset_name FILE for bits per byte")
-    if arguments.teacher and not arguments.dataset_name:
-        raise ValueError("KL to a teacher is measured on rows: add --dataset_name FILE")
+    general, sampled, engine, scoring = options.instances
+    asked = Asked(general=general, sampled=sampled, engine=engine, scoring=scoring)
+    asked.check()
     check_tasks(scoring)
-    results = _merged(
-        _task_results(arguments, scoring) if scoring.tasks else {},
-        _text_results(arguments) if arguments.dataset_name else {},
-    )
-    _show(results, arguments)
+    return _evaluated(asked) if asked.directory is None else run_stoppable(lambda: _evaluated(asked))
+
+
+def _evaluated(asked: Asked) -> int:
+    from kdlib.cli.evaluate_models import scored
+    from kdlib.cli.evaluate_show import show
+
+    show(asked, scored(asked))
     return 0
-
-
-def _show(results: dict[str, Any], arguments: EvaluateArguments) -> None:
-    """A table on stdout and, where asked for, a JSON file of lm-eval's shape."""
-    from kdlib.eval import results_table, write_results
-
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(results_table({Path(arguments.model).name: results}))
-    if arguments.dataset_name:
-        counts = ", ".join(f"{results[name]:,} {name}" for name in ("rows", "truncated", "tokens", "bytes"))
-        console.print(f"{arguments.dataset_name}: {counts}", markup=False)
-    if arguments.output_path:
-        console.print(f"written {write_results(results, arguments.output_path)}", markup=False)
-
-
-def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Two results of lm-eval's shape as one."""
-    shared = ("results", "n-samples", "higher_is_better")
-    return {**first, **second, **{key: {**first.get(key, {}), **second.get(key, {})} for key in shared}}
-
-
-def _task_results(arguments: EvaluateArguments, scoring: ScoringArguments) -> dict[str, Any]:
-    from kdlib.eval import evaluate
-
-    return evaluate(
-        arguments.model,
-        batch_size=arguments.batch_size,
-        log_samples=arguments.log_samples,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        **asdict(scoring),
-    )
-
-
-def _text_results(arguments: EvaluateArguments) -> dict[str, Any]:
-    """Bits per byte (a bound for a diffusion model) and, with a teacher, KL, as a task named like the dataset; also flat, by
-    their names.
-    """
-    import torch
-
-    from kdlib.data import load_rows, prepare_dataset
-    from kdlib.eval import bits_per_byte, diffusion_bound, kl_to_teacher
-    from kdlib.eval.diffusion_config import is_diffusion
-    from kdlib.models import load_model, load_tokenizer
-
-    assert arguments.dataset_name is not None
-    denoises = is_diffusion(arguments.model)
-    if arguments.teacher and denoises:
-        raise ValueError("KL to a teacher is that of the next token, which no diffusion model predicts: leave --teacher out")
-    measure = diffusion_bound if denoises else bits_per_byte
-    tokenizer = load_tokenizer(arguments.model)
-    _check_teacher(arguments, tokenizer)
-    rows = load_rows(arguments.dataset_name, split=arguments.dataset_test_split)
-    prepared = prepare_dataset(rows, tokenizer, max_length=arguments.max_length)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(arguments.model, dtype=arguments.dtype)
-    model.to(device)
-    text = measure(model, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
-    task = Path(arguments.dataset_name).stem
-    results, scores = text.as_results(task=task), asdict(text)
-    if arguments.teacher:
-        teacher = load_model(arguments.teacher, dtype=arguments.dtype)
-        teacher.to(device)
-        found = kl_to_teacher(model, teacher, prepared.dataset, tokenizer=tokenizer, batch_size=arguments.batch_size)
-        results["results"][task] |= {f"{name},none": value for name, value in found.items() if name != "tokens"}
-        scores |= found
-    scores |= {
-        "truncated": prepared.truncated,
-        "dataset": arguments.dataset_name,
-        "model_name": arguments.model,
-    }
-    return {**results, **scores}
-
-
-def _check_teacher(arguments: EvaluateArguments, tokenizer: Any) -> None:
-    """ValueError when student and teacher have different tokens: a KL between them would mean nothing."""
-    from kdlib.models import load_tokenizer
-    from kdlib.tokenizers import explain_difference, same_tokenizer
-
-    if arguments.teacher:
-        other = load_tokenizer(arguments.teacher)
-        if not same_tokenizer(tokenizer, other):
-            raise ValueError(
-                f"model and teacher have different tokenizers ({explain_difference(tokenizer, other)}): "
-                "compare their bits per byte instead, without --teacher"
-            )

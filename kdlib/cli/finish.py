@@ -21,7 +21,9 @@ from kdlib.decoding.diffusion_decoder import decoder_of
 from kdlib.diffusion.known import known_spec, spec_of
 from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
+from kdlib.eval.hacking_report import golden_line, golden_section
 from kdlib.eval.page import Section
+from kdlib.eval.report import read_metrics
 from kdlib.eval.results import interval_text, summary_rows
 from kdlib.models import load_model, load_tokenizer
 
@@ -50,7 +52,8 @@ def finish(
     measured = measured_rows(directory)
     write_card(temporary, trainer=trainer, arguments=arguments, loss=loss, scores=scores, measured=measured, command=command)
     temporary.rename(directory.final)
-    write_report(directory.path, extra_sections=sections)
+    metrics = read_metrics(directory.path / "metrics.jsonl")
+    write_report(directory.path, extra_sections=[*sections, golden_section(metrics)])
 
 
 def summary_table(directory: RunDirectory) -> Table:
@@ -77,6 +80,8 @@ def _headline(directory: RunDirectory) -> dict[str, str]:
             if key in ("eval_loss", "eval_kl_forward", "eval_top1_agreement")
         }
     found |= {what: f"{value} (n={n})" for what, value, n in measured_rows(directory)}
+    if any("golden/value" in line for line in lines):
+        found["teacher hacking"] = golden_line(lines)
     if directory.scores.is_file():
         found |= {
             f"{row['task']} {row['metric']}": f"{interval_text(row)} (n={row['n']})"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from kdlib.cli.hub_arguments import DataHubArguments
 from kdlib.cli.parsing import check_least, parse
 from kdlib.cli.shards import say_start
 from kdlib.cli.stoppable import run_stoppable
 from kdlib.samplers.config import RolloutConfig
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from kdlib.cli.generate_source import Source
     from kdlib.data.traces import Prompts, TraceWriter
+    from kdlib.verifiers import Verifier
 
 DESCRIPTION = """Lets a teacher answer prompts: several completions each, verified, without duplicates, kept as the exact
 token ids it wrote.
@@ -98,16 +104,23 @@ class GenerateArguments:
 
 
 def run(words: list[str]) -> int:
-    options = parse("generate", DESCRIPTION, [GenerateArguments], words)
+    options = parse("generate", DESCRIPTION, [GenerateArguments, DataHubArguments], words)
     if options is None:
         return 0
-    arguments = options.build(GenerateArguments)
-    return run_stoppable(lambda: _generated(arguments))
+    arguments, hub = options.build(GenerateArguments), options.build(DataHubArguments)
+    hub.check(arguments.model)
+
+    def generated_and_pushed() -> int:
+        code = _generated(arguments)
+        for line in hub.push(Path(arguments.output_dir)):
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
+        return code
+
+    return run_stoppable(generated_and_pushed)
 
 
 def _generated(a: GenerateArguments) -> int:
     """The exit code. Rows, prompts, directory and verifier are checked before a model is loaded."""
-    from kdlib.cli.generate_loop import Generator, answer
     from kdlib.cli.generate_source import source_of
     from kdlib.cli.generate_verify import load_verifier
     from kdlib.data import load_rows
@@ -115,19 +128,36 @@ def _generated(a: GenerateArguments) -> int:
     with ExitStack() as stack:
         rows = load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
         verifier = load_verifier(a.verify, answer_column=a.answer_column, columns=rows.column_names, stack=stack)
-        source = source_of(a)
-        prompts = _prompts(a, rows, source)
-        writer = _writer(a, prompts, source)
-        stack.callback(writer.close)
-        say_start(prompts, writer, each=f"{a.num_generations} completions each")
-        if writer.missing:
-            sampler = source.sampler(a)
-            stack.callback(sampler.close)
-            answer(prompts, writer, Generator(arguments=a, source=source, sampler=sampler, verifier=verifier))
+        prompts, writer = answered(a, rows, source=source_of(a), verifier=verifier, stack=stack)
         return _closing(a, prompts, writer)
 
 
-def _prompts(a: GenerateArguments, rows: Any, source: Source) -> Prompts:
+def answered(
+    a: GenerateArguments,
+    rows: Dataset,
+    *,
+    source: Source,
+    verifier: Verifier | None,
+    stack: ExitStack,
+    more: Mapping[str, Any] | None = None,
+) -> tuple[Prompts, TraceWriter]:
+    """The rows' prompts and the directory of their traces, all written: what is not there yet is generated.
+
+    ``stack`` closes the directory. ``more``: further settings that the traces depend on.
+    """
+    from kdlib.cli.generate_loop import Generator, answer
+
+    prompts = _prompts(a, rows, source)
+    writer = _writer(a, prompts, source, more=more or {})
+    stack.callback(writer.close)
+    say_start(prompts, writer, each=f"{a.num_generations} completions each")
+    if writer.missing:
+        with closing(source.sampler(a)) as sampler:
+            answer(prompts, writer, Generator(arguments=a, source=source, sampler=sampler, verifier=verifier))
+    return prompts, writer
+
+
+def _prompts(a: GenerateArguments, rows: Dataset, source: Source) -> Prompts:
     from kdlib.data.traces import read_prompts
 
     longest = [limit for limit in (a.max_prompt_length, source.longest_prompt) if limit is not None]
@@ -140,11 +170,11 @@ def _prompts(a: GenerateArguments, rows: Any, source: Source) -> Prompts:
     )
 
 
-def _writer(a: GenerateArguments, prompts: Prompts, source: Source) -> TraceWriter:
+def _writer(a: GenerateArguments, prompts: Prompts, source: Source, *, more: Mapping[str, Any]) -> TraceWriter:
     from kdlib.cli.generate_verify import verifier_fingerprint
     from kdlib.data.traces import TraceWriter
 
-    contents = {"prompts": prompts.fingerprint, "verifier_file": verifier_fingerprint(a.verify)}
+    contents = {"prompts": prompts.fingerprint, "verifier_file": verifier_fingerprint(a.verify), **more}
     return TraceWriter(
         a.output_dir,
         source.settings | {name: getattr(a, name) for name in SAME} | contents,

@@ -6,16 +6,16 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from kdlib.cli.generate_difficulty import difficulty_facts, difficulty_figure, difficulty_summary, write_judged
 from kdlib.cli.generate_loop import EMPTY, METRICS_FILE
 from kdlib.cli.generate_statistics import VERDICTS, Tally, cost
 from kdlib.data.traces import Prompts, TraceIndex, read_traces
-from kdlib.data.traces.writer import Trace, line, whole_file
+from kdlib.data.traces.writer import Trace
 from kdlib.eval import page
 from kdlib.eval.plots import bar_plot, stacked_plot
 from kdlib.eval.results import interval_text
@@ -31,22 +31,21 @@ def finished(directory: Path, *, prompts: Prompts, verified: bool) -> dict[str, 
     """Writes everything beside the shards and returns report.json's content."""
     index, tally = TraceIndex.load(directory), Tally(verified=verified, empty=EMPTY)
     samples: dict[bool | None, list[Trace]] = {verdict: [] for verdict in VERDICTS}
-    with ExitStack() as stack:
-        files = {v: stack.enter_context(whole_file(directory / f"{VERDICTS[v]}.jsonl")) for v in (True, False) if verified}
-        for trace in read_traces(directory):
-            tally.add(trace)
-            if len(samples[trace["correct"]]) < SAMPLES:
-                samples[trace["correct"]].append(trace)
-            if trace["correct"] in files:
-                files[trace["correct"]].write(line(trace).encode())
+    for trace in read_traces(directory):
+        tally.add(trace)
+        if len(samples[trace["correct"]]) < SAMPLES:
+            samples[trace["correct"]].append(trace)
     for shard in index.shards.values():
         for skipped in shard.skipped:
             tally.skip(skipped)
+    if verified:
+        write_judged(directory, tally)
     report = {
         "prompts": len(prompts),
         "duplicate_prompts": prompts.duplicates,
         "skipped_prompts": dict(prompts.skipped),
         **tally.report(),
+        **({"difficulty": difficulty_summary(tally)} if verified else {}),
         **_cost(directory),
         "settings": index.settings,
     }
@@ -103,6 +102,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             facts.append((which, f"{lengths['mean']:,.1f} (median {lengths['median']:,}, 95% up to {lengths['p95']:,})"))
     return [
         *facts,
+        *difficulty_facts(report),
         ("cut at the limit", f"{report['clipped_ratio']:.1%}"),
         ("tokens generated", f"{report['generated_tokens']:,} in {report['seconds']:,.0f} s"),
         ("tokens per second", f"{report['tokens_per_second']:,.0f}"),
@@ -122,6 +122,7 @@ def _write_page(directory: Path, report: Mapping[str, Any], tally: Tally, sample
     if passes:
         caption = "The chance that one of k completions is right; intervals over prompts."
         figures.append(page.Figure(title="Pass rate", svg=bar_plot(passes, x="share of prompts"), caption=caption))
+    figures += difficulty_figure(report)
     facts = page.Table(header=["what", "value"], rows=[list(fact) for fact in _facts(report)])
     settings = page.Table(header=["option", "value"], rows=[[key, _text(value)] for key, value in report["settings"].items()])
     page.write_page(

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdlib.data.traces import Skipped
 from kdlib.eval.results import interval
+from kdlib.eval.sampled_metrics import pass_chance
 
 Row = dict[str, Any]
 VERDICTS = {True: "correct", False: "incorrect", None: "not judged"}
@@ -82,10 +83,10 @@ class Tally:
 def pass_at(k: int, problems: Sequence[tuple[int, int]]) -> Row:
     """The chance that one of k completions is right, a mean over the problems with k judged completions or more.
 
-    1 - C(n - c, k) / C(n, k) for n judged and c correct, unbiased (Chen et al. 2021, arXiv:2107.03374); k = 1 is the pass rate.
+    ``pass_chance`` for n judged and c correct; k = 1 is the pass rate.
     ``low`` and ``high``: 95% interval over problems; None for a single one that is neither 0 nor 1.
     """
-    values = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in problems if n >= k]
+    values = [pass_chance(n=n, right=c, k=k) for n, c in problems if n >= k]
     value = statistics.fmean(values)
     stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     low, high = interval(value, stderr, n=len(values), proportion=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from kdlib.cli.arguments import LaunchArguments
 
+TIME_TO_SAVE = "600"  # seconds between SIGTERM and the launcher's SIGKILL: its own 30 can cut a large checkpoint
+
 
 def relaunch(command: str, words: Sequence[str], launch: LaunchArguments) -> None:
     """Replaces this process by a launcher of ``-m kdlib COMMAND ...``; returns where none is asked for.
@@ -20,6 +22,7 @@ def relaunch(command: str, words: Sequence[str], launch: LaunchArguments) -> Non
     if inside or (launch.num_processes is None and launch.accelerate_config is None):
         return
     call = [sys.executable, "-m", *launcher(launch), "-m", "kdlib", command, *words]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", TIME_TO_SAVE)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, call)

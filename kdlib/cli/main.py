@@ -14,6 +14,7 @@ import kdlib
 
 COMMANDS = {
     "demo": "no GPU, no network: train a teacher, distil a student, score both, write an HTML report",
+    "run": "a whole recipe: generate, distill, evaluate and others, one after the other, with one report",
     "distill": "train a student on a teacher's distributions",
     "draft": "train a draft for speculative decoding, and measure what its target accepts",
     "cache": "write a teacher's top-k or sampled signals to disk, to train without loading it",
@@ -21,10 +22,12 @@ COMMANDS = {
     "jacobi": "train a model to decode several tokens per forward pass, by Jacobi decoding",
     "diffusion": "train a masked diffusion language model, or one to decode in fewer steps",
     "generate": "let a teacher answer prompts: verified traces that train as they are",
-    "evaluate": "score a model: lm-eval tasks, bits per byte, KL; evaluate acceptance | jacobi | diffusion: decoding",
+    "evaluate": "score models: problems, lm-eval tasks, bits per byte, KL; evaluate acceptance | jacobi | diffusion: decoding",
+    "audit": "look for a planted behaviour that a student took over from its teacher",
     "export": "export draft: a directory that vLLM loads; export diffusion: a model with its decoding settings",
     "transplant": "give a model another tokenizer, or one of bytes, to be distilled from its old self next",
-    "plan": "the acceptance that drafts of several shapes need to pay, before anything is trained",
+    "plan": "memory, disk, steps and time of a run before it starts; plan draft: which shapes of drafts can pay",
+    "push": "send a finished run, a cache or traces to the Hugging Face Hub, with a card",
     "recipes": "list or copy ready YAML recipes and accelerate configurations",
     "env": "versions and devices, for a bug report",
 }
@@ -39,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0: it worked. 2: what was asked for cannot be done, one line on stderr says why. 130 and 143: Ctrl-C or
     SIGTERM stopped it in good order. 1: a defect, with its traceback (Python's own), or a check of kdlib evaluate acceptance
-    or kdlib evaluate jacobi that failed.
+    or kdlib evaluate jacobi that failed, or a planted behaviour that kdlib audit has found.
     """
     words = sys.argv[1:] if argv is None else argv
     console = Console(stderr=True, soft_wrap=True, highlight=False)

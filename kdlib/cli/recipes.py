@@ -1,4 +1,4 @@
-"""``kdlib recipes``: YAML recipes and accelerate configurations that come with the package."""
+"""``kdlib recipes``: YAML recipes, accelerate configurations and SLURM scripts that come with the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 USAGE = "usage: kdlib recipes list | kdlib recipes copy NAME [DIR]"
+SUFFIXES = (".yaml", ".sh")
 
 
 def run(words: list[str]) -> int:
@@ -26,9 +27,10 @@ def run(words: list[str]) -> int:
 
 
 def recipes() -> dict[str, Path]:
-    """{name: file}; accelerate configurations are named accelerate/NAME."""
+    """{name: file}; accelerate configurations are named accelerate/NAME, scripts slurm/NAME."""
     root = Path(str(files("kdlib") / "recipes"))
-    return {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.yaml"))}
+    found = sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES)
+    return {str(path.relative_to(root).with_suffix("")): path for path in found}
 
 
 def _table() -> Table:
@@ -36,8 +38,13 @@ def _table() -> Table:
     table.add_column("name")
     table.add_column("what it does")
     for name, path in recipes().items():
-        table.add_row(name, path.read_text().splitlines()[0].lstrip("# "))
+        table.add_row(name, _first_comment(path))
     return table
+
+
+def _first_comment(path: Path) -> str:
+    """What a file says of itself, below the line that names a script's shell."""
+    return next(line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
 
 
 def _copy(name: str, directory: Path) -> Path:
@@ -48,5 +55,5 @@ def _copy(name: str, directory: Path) -> Path:
     target = directory / known[name].name
     if target.exists():
         raise ValueError(f"{target} exists: delete it, or give another directory")
-    target.write_text(known[name].read_text())
+    target.write_text(known[name].read_text(encoding="utf-8"), encoding="utf-8")
     return target

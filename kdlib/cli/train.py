@@ -12,6 +12,7 @@ from rich.console import Console
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
 from kdlib.cli.launch import relaunch
 from kdlib.cli.parsing import Options, parse
+from kdlib.cli.plan_text import short
 from kdlib.cli.run_directory import RunDirectory, Stage
 from kdlib.cli.scoring import ScoringArguments, check_tasks
 
@@ -55,6 +56,10 @@ class Run:
         directory = RunDirectory(options.config["output_dir"])
         stage = directory.stage(options.config, overwrite=options.build(cls.arguments_class).overwrite)
         cls.check(options)
+        if stage is not Stage.DONE:
+            from kdlib.cli.hub_run import check_push
+
+            check_push(options.config)
         relaunch(cls.command, words, options.build(LaunchArguments))
         return cls(options, words=words, quiet=quiet).start(stage)
 
@@ -63,10 +68,13 @@ class Run:
         """ValueError for options that cannot work together, before other processes are started."""
 
     def __init__(self, options: Options, *, words: list[str], quiet: bool) -> None:
+        from kdlib.cli.hub_run import taken_target
+
         self.options, self.words = options, words
         self.arguments, self.scoring = options.build(self.arguments_class), options.build(ScoringArguments)
         self.adapter, self.args = options.build(AdapterArguments), self.build_args()
         self.directory = RunDirectory(str(self.args.output_dir))
+        self.hub = taken_target(self.args)
         self.main, self.quiet = self.args.process_index == 0, quiet
         self.log = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet or not self.main)
 
@@ -91,6 +99,8 @@ class Run:
 
     def start(self, stage: Stage) -> int:
         """The exit code; nothing is written before all that can be checked has been."""
+        from kdlib.cli.hub_run import push_each_save
+
         if stage is Stage.DONE:
             self.log.print(
                 f"{self.directory.path} holds this run, finished; --overwrite true starts it anew",
@@ -99,10 +109,12 @@ class Run:
             self._closing_lines()
             return 0
         trainer, plan = self._prepared()
+        push_each_save(trainer, self.arguments, self.hub, log=self.log)
         trainer.accelerator.wait_for_everyone()  # all ranks have looked at the directory before it changes
         if self.main:
             self.directory.begin(self.options.config, words=[self.command, *self.words], plan=plan, stage=stage)
-        self.log.print(_plan_line(plan), markup=False)
+        for line in short(plan):
+            self.log.print(line, markup=False)
         checkpoint = self.directory.checkpoint if stage is Stage.RESUME else None
         if checkpoint is not None:
             self.log.print(f"resuming from {checkpoint}", markup=False)
@@ -117,12 +129,12 @@ class Run:
 
     def _prepared(self) -> tuple[DistillationTrainer, dict[str, Any]]:
         """The trainer and its plan; where something does not fit, output_dir stays as it was."""
-        from kdlib.cli.plan_run import plan
+        from kdlib.cli.plan_training import fitting
 
         check_tasks(self.scoring)
         try:
             trainer = self._trainer()
-            return trainer, plan(trainer)
+            return trainer, fitting(trainer)
         except BaseException:
             self.directory.remove_if_empty()
             raise
@@ -132,11 +144,11 @@ class Run:
         raise NotImplementedError
 
     def _trainer(self) -> DistillationTrainer:
-        from transformers import TrainerCallback
-
         from kdlib.cli.adapters import peft_config, quantization_config
+        from kdlib.trainers.golden import golden_callbacks
 
-        callbacks: list[TrainerCallback] = []
+        rows = self._evaluation_rows()
+        callbacks = golden_callbacks(self.args, self.tokenizer_source(), evaluation_rows=rows)
         if self.scoring.tasks:
             from kdlib.eval import EvaluateCallback
 
@@ -145,7 +157,7 @@ class Run:
             objective=self.arguments.objective,
             args=self.args,
             train_dataset=self.training_rows(),
-            eval_dataset=self._evaluation_rows(),
+            eval_dataset=rows,
             callbacks=callbacks,
             quantization_config=quantization_config(self.adapter),
             peft_config=peft_config(self.adapter),
@@ -186,6 +198,7 @@ class Run:
     def _finish(self, trainer: DistillationTrainer) -> int:
         """Evaluation loss, final/ (whole or absent), scores of final/ itself, samples and the report."""
         from kdlib.cli.finish import finish
+        from kdlib.cli.hub_run import push_final
 
         loss = trainer.evaluate() if trainer.eval_dataset is not None else {}
         temporary = self.directory.path / "final.tmp"
@@ -201,6 +214,9 @@ class Run:
                 scoring=self._scoring_options(),
                 sections=sections,
             )
+            if self.hub is not None:
+                url = push_final(self.directory, self.hub, step=trainer.state.global_step)
+                self.log.print(f"pushed to {url}", markup=False)
             self._closing_lines()
         return 0
 
@@ -223,18 +239,3 @@ class Run:
     def next_command(self) -> str:
         """What a user types next."""
         return f"kdlib evaluate --model {self.directory.final} --tasks TASK"
-
-
-def _plan_line(plan: dict[str, Any]) -> str:
-    adapted = ", ".join(f"{count} x {name}" for name, count in plan.get("adapter_modules", {}).items())
-    return (
-        f"student {plan['student_parameters']:,} parameters ({plan['trainable_parameters']:,} trained"
-        f"{f': {adapted}' if adapted else ''}), "
-        f"{plan['rows']:,} rows, {_step_line(plan)}, {plan['optimizer_steps']:,} steps"
-    )
-
-
-def _step_line(plan: dict[str, Any]) -> str:
-    if "completions_per_step" not in plan:
-        return f"{plan['scored_tokens_per_epoch']:,} scored tokens an epoch"
-    return f"{plan['completions_per_step']:,} rollouts of up to {plan['max_completion_length']:,} tokens a step"

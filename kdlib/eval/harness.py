@@ -14,7 +14,7 @@ import torch
 
 from kdlib.eval.modes import own_randomness
 from kdlib.eval.quiet import quiet_lm_eval
-from kdlib.eval.results import write_results
+from kdlib.eval.results import merged, write_results
 from kdlib.eval.tasks import find_tasks
 from kdlib.models import evaluating
 
@@ -39,6 +39,8 @@ def evaluate(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     decoder: Mapping[str, Any] | None = None,
+    backend: str = "hf",
+    each: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Scores ``model`` with lm-eval's ``simple_evaluate``; returns lm-eval's results, plus ``model_name``.
 
@@ -47,6 +49,8 @@ def evaluate(
     with a KV cache, and is given back with its training flags and config as they were. Global random
     generators are untouched either way. ``tasks``: names, globs, or YAML files; with ``include_path`` (a
     directory of YAML tasks) no network is needed. ``model_args``: further arguments of lm-eval's HFLM.
+    ``backend``: hf; vllm for an engine in this process, server for the URL of one (``kdlib.eval.backends``), which need a
+    name. ``each``: called with every task's name and results as soon as it is scored; tasks are then scored one by one.
     ``decoder``: how the model generates where that is not token by token; the results then have
     ``tokens_per_forward``. Of a diffusion language model (``kdlib.diffusion``) these are options of its decoder,
     ``{"gen_length": 128, "strategy": "LowConfidence"}``, in place of its own settings, and likelihoods are Monte-Carlo
@@ -64,20 +68,26 @@ def evaluate(
     with own_randomness(), nullcontext() if by_path else evaluating(model):
         manager, names = find_tasks([tasks] if isinstance(tasks, str) else tasks, include_path=include_path)
         loading = {"device": device, "dtype": dtype, **(model_args or {})}
+        load: Callable[..., Any] = partial(_loaded, backend=backend) if by_path else borrowed
         with quiet_lm_eval():
-            made = (_loaded if by_path else borrowed)(model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder)
-        results = score(
-            made,
-            names,
-            manager=manager,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            gen_kwargs=gen_kwargs,
-            log_samples=log_samples,
-            seed=seed,
-        )
+            made = load(model, tokenizer, batch_size=batch_size, loading=loading, decoder=decoder)
+        results: dict[str, Any] = {}
+        for chosen in [names] if each is None else [[name] for name in names]:
+            found = score(
+                made,
+                chosen,
+                manager=manager,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                gen_kwargs=gen_kwargs,
+                log_samples=log_samples,
+                seed=seed,
+            )
+            if each is not None and found:
+                each(chosen[0], found)
+            results = merged(results, found)
     if not results:
         return {}
     named = {**results, "model_name": os.fspath(model) if by_path else model.name_or_path}
@@ -136,8 +146,14 @@ def _loaded(
     batch_size: int | str,
     loading: Mapping[str, Any],
     decoder: Mapping[str, Any] | None,
+    backend: str,
 ) -> Any:
     """The model of a path or Hub id as lm-eval's kind of model."""
+    if backend != "hf":
+        from kdlib.eval.backends import engine_lm, server_lm
+
+        make = {"vllm": engine_lm, "server": server_lm}[backend]
+        return make(os.fspath(model), batch_size=batch_size, **loading)
     device = loading["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {**loading, "device": device}
     try:

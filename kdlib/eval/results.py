@@ -18,27 +18,33 @@ from kdlib.files import write_whole
 
 Z95 = 1.96
 # Means of zeros and ones: when all are equal the standard error is 0; Wilson's interval still says something.
-PROPORTIONS = ("acc", "exact_match", "em", "pass@")
+PROPORTIONS = ("acc", "exact_match", "em", "pass@", "avg@", "maj@", "truncated")
+# What of several results is put together, each {task: ...}; of everything else the last one's is taken.
+BY_TASK = (
+    *("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "samples"),
+    *("intervals", "per_problem", "sampled"),
+)
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per task (or group), metric and filter of ``results``.
 
     Keys: ``task metric filter value stderr n higher_is_better low high``. ``low`` and ``high`` bound the 95%
-    interval: value plus and minus 1.96 standard errors, or Wilson's interval for a proportion of exactly 0 or
-    1; None without a standard error. ``n`` is the number of documents scored.
+    interval: that of ``results["intervals"]`` where it has one, else value plus and minus 1.96 standard errors, or Wilson's
+    interval for a proportion of exactly 0 or 1; None without a standard error. ``n`` is the number of documents scored.
     """
     rows = []
     for task, metrics in {**results["results"], **results.get("groups", {})}.items():
         n = _documents(results, task)
         direction = results.get("higher_is_better", {}).get(task) or {}
+        known = results.get("intervals", {}).get(task, {})
         for key, value in metrics.items():
             metric, _, name = key.partition(",")
             if not name or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{name}")
             stderr = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
-            low, high = interval(float(value), stderr, n=n, proportion=metric.startswith(PROPORTIONS))
+            low, high = known.get(key) or interval(float(value), stderr, n=n, proportion=is_proportion(metric))
             rows.append(
                 {
                     "task": task,
@@ -67,6 +73,17 @@ def interval(
     if stderr is None:
         return None, None
     return value - Z95 * stderr, value + Z95 * stderr
+
+
+def is_proportion(metric: str) -> bool:
+    """Whether a metric is a mean of shares, between 0 and 1."""
+    return metric.startswith(PROPORTIONS)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two results of lm-eval's shape, of different tasks, as one."""
+    together = {key: {**first.get(key, {}), **second.get(key, {})} for key in BY_TASK if key in first or key in second}
+    return {**first, **second, **together}
 
 
 def interval_text(row: Mapping[str, Any], digits: int = 3) -> str:

@@ -23,6 +23,7 @@ from kdlib.objectives.kl import (
     SkewKL,
     SkewReverseKL,
 )
+from kdlib.objectives.redi import REDI
 from kdlib.objectives.sampled import SampledReverseKL
 from kdlib.objectives.selective import SelectiveKL
 from kdlib.objectives.sinkhorn import Sinkhorn
@@ -32,6 +33,7 @@ from kdlib.objectives.total_variation import TotalVariation
 
 __all__ = [
     "ALM",
+    "REDI",
     "TAID",
     "ULD",
     "AdaptiveKL",

@@ -43,8 +43,7 @@ def start_engine(
     speculative_config: vLLM's own; with it the engine counts for ``speculative_counters``. Variables of vLLM already set in
     the environment are kept. ValueError when vLLM is not installed.
     """
-    for name, value in (_IN_PROCESS if torch.cuda.is_available() else _IN_PROCESS | _ON_CPU).items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     try:
         from vllm import LLM
         from vllm.config import PoolerConfig
@@ -73,6 +72,12 @@ def start_engine(
         tokenizer_revision=revision,
         trust_remote_code=trust_remote_code,
     )
+
+
+def prepare_environment() -> None:
+    """Sets what vLLM reads from the environment when it is imported; variables that are set already are kept."""
+    for name, value in (_IN_PROCESS if torch.cuda.is_available() else _IN_PROCESS | _ON_CPU).items():
+        os.environ.setdefault(name, value)
 
 
 def stop_engine(engine: LLM) -> None:

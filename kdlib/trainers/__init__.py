@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdlib.trainers.eagle_config import EagleConfig
     from kdlib.trainers.jacobi import JacobiTrainer
     from kdlib.trainers.jacobi_config import JacobiConfig
+    from kdlib.trainers.pairs import PairedTrainer
     from kdlib.trainers.sinkhorn import SinkhornTrainer
 
 _HOME = {
@@ -34,6 +35,7 @@ _HOME = {
     "EagleTrainer": "eagle",
     "JacobiConfig": "jacobi_config",
     "JacobiTrainer": "jacobi",
+    "PairedTrainer": "pairs",
     "SinkhornTrainer": "sinkhorn",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "EagleTrainer",
     "JacobiConfig",
     "JacobiTrainer",
+    "PairedTrainer",
     "SinkhornTrainer",
 ]
 

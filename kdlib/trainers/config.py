@@ -9,10 +9,12 @@ import torch
 from transformers import TrainingArguments
 
 from kdlib.samplers.config import RolloutConfig
+from kdlib.trainers.golden_options import keep_best, refuse_golden
+from kdlib.trainers.rows_config import RowsConfig
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
+class DistillationConfig(RowsConfig, TrainingArguments):
     """TrainingArguments with defaults for distillation, and how rows, student and teacher are prepared.
 
     Args:
@@ -69,6 +71,12 @@ class DistillationConfig(TrainingArguments):
             value, and strictly on-policy with 1.
         rollout: the engine that draws rollouts, and how it samples.
         merge_adapter: write final/ with the adapter merged into the weights; false keeps it an adapter.
+        golden_dataset_name: rows with verified answers, or those of a better model: what they cost the student is measured at
+            every evaluation, to see when it fits the teacher's faults.
+        golden_teacher: path or Hub id of a better teacher, to whom KL on the evaluation rows is measured instead.
+        golden_stop: stop at the alarm, and end with the student that was best by the golden metric.
+        hub_strategy: with push_to_hub, end pushes final/ when it is written, every_save also the student at each checkpoint.
+        license: licence of the student, for its card; null takes the one that teacher and base model agree on.
     """
 
     learning_rate: float = 2e-5
@@ -123,10 +131,19 @@ class DistillationConfig(TrainingArguments):
 
     merge_adapter: bool = True
 
+    golden_dataset_name: str | None = None
+    golden_teacher: str | None = None
+    golden_stop: bool = False
+
+    hub_strategy: str = "end"
+    license: str | None = None
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.remove_unused_columns = False  # the collator's columns are not the model's
+        if self.golden_stop:
+            keep_best(self)
         super().__post_init__()
         self._refuse()
 
@@ -148,7 +165,9 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("label_smoothing_factor has no effect on distillation losses: leave it out")
         if self.use_liger_kernel:
             raise ValueError("use_liger_kernel would replace the loss: kdlib has its own chunked kernel; leave it out")
+        refuse_golden(self)
         self._refuse_rollouts()
+        self.refuse_rows(packing=self.packing, on_policy_fraction=self.on_policy_fraction)
 
     def _refuse_rollouts(self) -> None:
         if not 0.0 <= self.on_policy_fraction <= 1.0:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from kdlib.data.collate import DistillationCollator
@@ -26,14 +28,17 @@ from kdlib.serving import ServerAwayError
 from kdlib.teachers import resolve_teacher
 from kdlib.trainers import setup
 from kdlib.trainers.callbacks import STATE_FILE, MetricsWriter, Progress, StepHooks, StopOnSignal, last_checkpoint
+from kdlib.trainers.choosing import step_rows
 from kdlib.trainers.config import DistillationConfig
 from kdlib.trainers.evaluation import SummedEvaluation
 from kdlib.trainers.final import save_final
 from kdlib.trainers.meters import Stopwatch, Sums
 from kdlib.trainers.on_policy import OnPolicy
+from kdlib.trainers.pairs_checks import check_pairs
 from kdlib.trainers.redirect import inside_forward
 from kdlib.trainers.repeats import RepeatSampler, as_rows
 from kdlib.trainers.scoring import TeacherSignals
+from kdlib.trainers.step_rows import Places, prepared_with_columns
 from kdlib.types import Loss, Positions, StudentSignal, Teacher, TeacherSignal
 
 Batch = dict[str, Any]
@@ -59,6 +64,7 @@ class DistillationTrainer(SummedEvaluation):
     selects_rows = False  # whether ``prepare`` chooses rows for SelectiveKL
     masks_rows = False  # whether ``prepare`` masks rows for a DiffusionObjective
     transports_rows = False  # whether the loss is Sinkhorn's beside that of its divergence
+    pairs_rows = False  # whether rows are pairs of answers, for REDI
     aligns_rows = False  # whether the teacher reads rows in tokens of its own, for a CrossTokenizerObjective
     loss_is_scaled_for_ga = True  # every micro-batch's loss is already its share of the step's
 
@@ -88,6 +94,7 @@ class DistillationTrainer(SummedEvaluation):
             transports_rows=self.transports_rows,
             aligns_rows=self.aligns_rows,
         )
+        check_pairs(self.objective, args, pairs_rows=self.pairs_rows)
         self.teacher = resolve_teacher(teacher, args.teacher_options)
         setup.check_pair(self.teacher, self.objective)
         self.vocab_size = self.match_teacher(tokenizer, args)
@@ -97,6 +104,7 @@ class DistillationTrainer(SummedEvaluation):
             setup.check_labels(rows, self.vocab_size)
         self.check_teacher_rows()
         setup.check_rollouts(self.teacher, self.objective, args)
+        self.step_rows = step_rows(self.train_rows, args, teacher=self.teacher)
         student = setup.student(model, args, quantization_config=quantization_config, peft_config=peft_config)
         self.check_student(student)
         self.extend_student(student, args)
@@ -108,7 +116,7 @@ class DistillationTrainer(SummedEvaluation):
             model=student,
             args=args,
             data_collator=data_collator or self.collator(tokenizer, flatten=flat),
-            train_dataset=None if self.train_rows is None else setup.repeated(self.train_rows.dataset, args),
+            train_dataset=self._loaded_rows(args),
             eval_dataset=None if self.eval_rows is None else self.eval_rows.dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -141,6 +149,8 @@ class DistillationTrainer(SummedEvaluation):
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, *, training: bool
     ) -> setup.Prepared | None:
         """Token rows of what users give as a dataset; those of evaluation are never packed."""
+        if training and args.kept_columns:
+            return prepared_with_columns(rows, tokenizer, args, columns=args.kept_columns)
         return setup.prepared(rows, tokenizer, args, packing=args.packing and training, training=training)
 
     def check_teacher_rows(self) -> None:
@@ -153,6 +163,12 @@ class DistillationTrainer(SummedEvaluation):
 
     def extend_student(self, student: nn.Module, args: DistillationConfig) -> None:
         """Gives the student what the objective trains with it."""
+
+    def _loaded_rows(self, args: DistillationConfig) -> Any:
+        """What the loader goes through in training: rows, or the places in which a step's chosen rows stand."""
+        if self.step_rows is not None:
+            return Places(self.step_rows.places)
+        return None if self.train_rows is None else setup.repeated(self.train_rows.dataset, args)
 
     # What a method defines
 
@@ -220,7 +236,13 @@ class DistillationTrainer(SummedEvaluation):
         size = self.args.train_batch_size
 
         def pull() -> list[Batch]:
-            return [self._unrepeated(batch, size=size) for _, batch in zip(range(num_batches), iterator, strict=False)]
+            taken: list[Batch] = []
+            for _, batch in zip(range(num_batches), iterator, strict=False):
+                if self.step_rows is not None and not taken:
+                    self.step_rows.advance()
+                # one after another: only while a loader's last batch is the newest does it say that it is at its end
+                taken.append(self._unrepeated(self._chosen(batch), size=size))
+            return taken
 
         try:
             if self.on_policy is None:
@@ -237,6 +259,17 @@ class DistillationTrainer(SummedEvaluation):
             return [], error
         return batches, None
 
+    def _chosen(self, batch: Batch) -> Batch:
+        """The batch, with the rows that its step chooses where the loader gave places."""
+        if self.step_rows is None:
+            return batch
+        rows = self.step_rows.at(batch["rows"])
+        return as_rows(rows) if self.on_policy is not None else self._on_device(rows)
+
+    def _on_device(self, rows: list[dict[str, Any]]) -> Batch:
+        made: Batch = send_to_device(self.data_collator(rows), self.accelerator.device)
+        return made
+
     def _rolled_out(self, pull: Callable[[], list[Batch]]) -> list[Batch]:
         assert self.on_policy is not None
         step = self.on_policy.next(pull, step=self.state.global_step + 1)
@@ -244,6 +277,8 @@ class DistillationTrainer(SummedEvaluation):
             self._watch.add(name, seconds)
         self._generated = step.counts.tokens
         self._window.add(step.counts.metrics(self.accelerator.device))
+        if self.on_policy.mixture is not None:
+            self.on_policy.mixture.update(step.batches, self.accelerator)
         return step.batches
 
     @property
@@ -309,6 +344,8 @@ class DistillationTrainer(SummedEvaluation):
             loss = self.accelerator.reduce(self._step_loss, reduction="sum").item()
             self.objective_state = self.objective.update(self.objective_state, loss, self.state.global_step)
         self._step_loss = torch.zeros((), device=self._step_loss.device)
+        if self.step_rows is not None:
+            self.step_rows.chooser.after_step(self, self.state.global_step)
 
     # Logging
 
@@ -325,6 +362,8 @@ class DistillationTrainer(SummedEvaluation):
             logs |= self._window.means(self.accelerator) | self._watch.seconds() | self._throughput()
             shown = {key: value for key, value in self.objective_state.items() if key.split(".")[-1] == "t" or "weight." in key}
             logs |= {f"objective/{key}": value for key, value in shown.items()}
+            logs |= {} if self.step_rows is None else self.step_rows.chooser.metrics
+            logs |= {} if self.on_policy is None or self.on_policy.mixture is None else self.on_policy.mixture.metrics
             if self.on_policy is not None and self.is_world_process_zero():
                 self.on_policy.log.logged(logs, step=self.state.global_step)
             if not math.isfinite(logs["loss"]):
@@ -378,8 +417,10 @@ class DistillationTrainer(SummedEvaluation):
         self.objective_state = saved["objective"] if saved else self.objective.init_state(self.state.max_steps)
         self.totals = {name: torch.tensor(saved.get(name, 0.0) if saved else 0.0, dtype=torch.float64) for name in TOTALS}
         self._window_start = (self._watch.now(), float(self.totals["seen_tokens"]))
+        if self.step_rows is not None:
+            self.step_rows.begin(self, saved["rows"] if saved else None)
         if saved and self.on_policy is not None:
-            self.on_policy.restore(saved["directory"])
+            self.on_policy.restore(saved["directory"], saved.get("mixture"))
         if saved:
             for teacher in setup.self_teachers(self.teacher):
                 teacher.load(saved["directory"])
@@ -390,8 +431,8 @@ class DistillationTrainer(SummedEvaluation):
             self.on_policy.close()
 
     def get_train_dataloader(self) -> Any:
-        """Rows as they are where rollouts come first, collated batches otherwise."""
-        if self.on_policy is None:
+        """Rows as they are where rollouts or a choice come first, collated batches otherwise."""
+        if self.on_policy is None and self.step_rows is None:
             return super().get_train_dataloader()
         collate: Any = self.data_collator
         self.data_collator: Any = as_rows
@@ -401,6 +442,8 @@ class DistillationTrainer(SummedEvaluation):
             self.data_collator = collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.step_rows is not None:
+            return SequentialSampler(self.train_dataset)
         if self.args.num_generations > 1:
             return RepeatSampler(
                 len(self.train_dataset), times=self.args.num_generations, seed=self.args.data_seed or self.args.seed
@@ -428,4 +471,11 @@ class DistillationTrainer(SummedEvaluation):
             self.on_policy.save(path.parent)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_whole(path, json.dumps({"objective": self.objective_state, **self.token_totals()}))
+            write_whole(path, json.dumps({"objective": self.objective_state, **self._choices(), **self.token_totals()}))
+
+    def _choices(self) -> dict[str, Any]:
+        """What decides which rows come next, where that changes during a run."""
+        found: dict[str, Any] = {} if self.step_rows is None else {"rows": self.step_rows.chooser.state}
+        if self.on_policy is not None and self.on_policy.mixture is not None:
+            found["mixture"] = self.on_policy.mixture.state
+        return found

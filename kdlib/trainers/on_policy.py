@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from kdlib.trainers import turns
 from kdlib.trainers.correction import Correction
 from kdlib.trainers.engine import Engine
 from kdlib.trainers.lookahead import Lookahead
+from kdlib.trainers.mixture import mixture_of
 from kdlib.trainers.rollout_log import RolloutLog
 from kdlib.trainers.rollouts import Correct, RolloutCounts, Rollouts, Row
 from kdlib.trainers.snapshot import Snapshot
@@ -41,7 +42,8 @@ class Step:
 class OnPolicy:
     """Turns the rows of a step into batches with rollouts, drawn with weights of the last ``rollout_refresh_steps`` steps.
 
-    With ``max_staleness`` they are that many steps older.
+    With ``max_staleness`` they are that many steps older. ``mixture`` says how many of a step's rows get one, where that is to
+    follow the student's entropy.
 
     Raises ValueError at construction for what cannot work: no end-of-turn token, an engine that cannot be had.
     """
@@ -50,6 +52,7 @@ class OnPolicy:
         self.trainer, args = trainer, trainer.args
         self.collator, self.ahead = trainer.data_collator, args.max_staleness > 0
         model = trainer.accelerator.unwrap_model(trainer.model)
+        self.mixture = mixture_of(args)
         params = args.rollout.params(args.max_completion_length, self._stop_ids(model))
         self.params = replace(params, log_probs=self._keeps_log_probs())
         self.engine = Engine(trainer, ahead=self.ahead)
@@ -79,7 +82,7 @@ class OnPolicy:
     def _keeps_log_probs(self) -> bool:
         """Whether anything may read what completions were drawn with; what is not a RowObjective is not known to leave it."""
         objective = self.trainer.objective
-        return self.ahead or not isinstance(objective, RowObjective) or objective.reads_drawn
+        return self.ahead or self.mixture is not None or not isinstance(objective, RowObjective) or objective.reads_drawn
 
     def _context(self, model: torch.nn.Module) -> int:
         """Tokens that student, engine and teacher can all read."""
@@ -103,6 +106,8 @@ class OnPolicy:
 
     def next(self, pull: Callable[[], list[Batch]], *, step: int) -> Step:
         """The batches of ``step`` (1-based), from what ``pull`` gives; an empty list from it ends the epoch."""
+        if self.mixture is not None:
+            self.rollouts = replace(self.rollouts, fraction=self.mixture.share)
         if self._due(step):
             self._newest, self._taken = self.engine.snapshot(step), step
         if not self.ahead:
@@ -137,8 +142,10 @@ class OnPolicy:
         if self._newest is not None and (following - 1) % self.trainer.args.rollout_refresh_steps != 0:
             self._newest.save(checkpoint / WEIGHTS_FILE)
 
-    def restore(self, checkpoint: Path) -> None:
-        """What ``save`` has left there, if anything."""
+    def restore(self, checkpoint: Path, mixture: Mapping[str, float | None] | None) -> None:
+        """What ``save`` has left there, if anything, and the state of the mixture."""
+        if self.mixture is not None and mixture is not None:
+            self.mixture.restore(mixture)
         if (checkpoint / WEIGHTS_FILE).is_file():
             self._newest = Snapshot.load(checkpoint / WEIGHTS_FILE)
             self._taken = self._newest.step

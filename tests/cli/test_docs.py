@@ -21,6 +21,7 @@ from kdlib.decoding import DiffusionDecoder
 from kdlib.decoding.strategies import STRATEGIES
 from kdlib.trainers import DiffusionConfig, JacobiConfig
 from kdlib.trainers.config import DistillationConfig
+from kdlib.trainers.rows_config import RowsConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "configuration.md").read_text(encoding="utf-8")
@@ -34,7 +35,9 @@ def rows(page: str) -> dict[str, str]:
 ROWS = rows(PAGE)
 
 
-@pytest.mark.parametrize("cls", [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig])
+@pytest.mark.parametrize(
+    "cls", [RunArguments, AdapterArguments, ScoringArguments, LaunchArguments, DistillationConfig, RowsConfig]
+)
 def test_options_and_defaults_are_those_of_the_code(cls: type) -> None:
     for name in docs(cls):
         if name in nested(cls):
@@ -85,7 +88,8 @@ def test_strategies_and_the_decoder_are_on_their_page() -> None:
 
 
 def test_names_of_others_are_those_that_the_command_knows() -> None:
-    table = PAGE.partition("## Coming from TRL")[2]
+    page = (DOCS / "coming_from.md").read_text(encoding="utf-8")
+    table = page.partition("## TRL\n")[2].partition("## GOLD in TRL")[0]
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")}
     assert named and named <= RENAMED.keys() | LEFT_OUT.keys()
 

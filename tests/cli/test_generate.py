@@ -166,8 +166,11 @@ def test_report_and_files_say_what_the_traces_say(kdlib: Command, wanted: dict[s
     done = kdlib("generate", **wanted)
     directory = wanted["output_dir"]
     found, report = traces(directory), json.loads((directory / "report.json").read_text())
-    assert lines(directory / "correct.jsonl") == [trace for trace in found if trace["correct"] is True]
-    assert lines(directory / "incorrect.jsonl") == [trace for trace in found if trace["correct"] is False]
+    for name, verdict in (("correct", True), ("incorrect", False)):
+        judged = [
+            {key: value for key, value in line.items() if key != "difficulty"} for line in lines(directory / f"{name}.jsonl")
+        ]
+        assert judged == [trace for trace in found if trace["correct"] is verdict]
     assert all((len(t["completion"]) % 2 == 0) is t["correct"] for t in found if t["correct"] is not None)
 
     assert report["prompts"] == 10 and report["duplicate_prompts"] == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdlib import objectives
-from kdlib.objectives import TAID, CrossEntropy, ForwardKL, Sinkhorn
+from kdlib.objectives import REDI, TAID, CrossEntropy, ForwardKL, Sinkhorn
 from kdlib.objectives.cross import CrossTokenizerObjective
 from kdlib.objectives.diffusion import DiffusionObjective
 from kdlib.types import Head, Loss, Objective, RowObjective, Support, TeacherSignal, feeds
@@ -109,7 +109,7 @@ def test_every_objective_meets_the_protocols() -> None:
     for name in set(objectives.__all__) - abstract:
         objective = getattr(objectives, name)()
         assert isinstance(objective, Objective)
-        whole = DiffusionObjective | Sinkhorn | CrossTokenizerObjective
+        whole = DiffusionObjective | Sinkhorn | CrossTokenizerObjective | REDI
         assert isinstance(objective, RowObjective) != isinstance(objective, whole)
         assert objective.layers == ()
         with pytest.raises(FrozenInstanceError):

@@ -61,6 +61,11 @@ class Prompts:
         return Prompt(prompt_id=self.prompt_ids[number], ids=ids, asked=asked(row, wrap=self.chat_wrapped), row=row)
 
     @property
+    def row_numbers(self) -> list[int]:
+        """Which row of ``rows`` each prompt is: the same problem has the same number for every tokenizer."""
+        return list(self._index)
+
+    @property
     def fingerprint(self) -> str:
         return self._digest.hexdigest()
 
