@@ -19,8 +19,11 @@ FILES = ("config.yaml", "command.txt", "environment.json", "plan.json", "metrics
 DIRECTORIES = ("samples", "eval", "final")
 # How this command is carried out: not part of the run, and not written down.
 COMMAND = ("overwrite", "preview", "num_processes", "accelerate_config")
-# How a run is looked at: written down, and free to change when it is resumed.
-FREE = ("output_dir", "disable_tqdm", "report_to", "run_name", "log_level", "dataset_num_proc")
+# How a run is looked at and where it is published: written down, and free to change when it is resumed.
+FREE = (
+    *("output_dir", "disable_tqdm", "report_to", "run_name", "log_level", "dataset_num_proc"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push", "license"),
+)
 
 
 class Stage(Enum):

@@ -91,7 +91,7 @@ def test_as_a_process_it_says_what_it_does_and_nothing_else(options: dict[str, A
     call = [sys.executable, "-m", "kdlib", "distill", *words, "--disable_tqdm"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_DATASETS")}
     done = subprocess.run(call, capture_output=True, text=True, env=environment, check=True)
-    assert re.fullmatch(r"student [\d,]+ parameters .*, 16 rows, .* 2 steps\n", done.stderr)
+    assert re.fullmatch(r"student [\d,]+ parameters .*, 16 rows, .* 2 steps\nmemory .*\n", done.stderr)
 
 
 def test_config_yaml_is_the_run(kdlib: Command, options: dict[str, Any], tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def row(i: int) -> dict[str, Any]:
     return {"prompt": asked, "completion": " is four.", "difficulty": 7 * i % 20, "domain": DOMAINS[i % 3]}
 
 
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The log without seconds, those of rollouts included."""
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in metrics(run)]
+
+
 def test_two_processes_train_on_pairs_as_one_does(tmp_path: Path, files: Material) -> None:
     """20 pairs in steps of 8: the last step leaves one process without any; 11 pairs of evaluation fit no batch size."""
     words = ["--model", files.student, "--dataset_name", written(tmp_path / "pairs.jsonl", [pair(i) for i in range(20)])]
@@ -101,4 +106,4 @@ def test_a_killed_run_chooses_the_same_rows_again(tmp_path: Path, noisy: Materia
     words = ["--model", noisy.student, "--teacher", noisy.teacher, "--objective", objective, *COMMON, *CHOICES[choice][0]]
     words += ["--dataset_name", written(tmp_path / "rows.jsonl", [row(i) for i in range(21)])]
     whole, cut = whole_and_killed(tmp_path, words, files=["final/model.safetensors", "checkpoint-6/kdlib_state.json"])
-    assert metrics(cut) == metrics(whole)
+    assert untimed(cut) == untimed(whole)
