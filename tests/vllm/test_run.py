@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,18 +45,28 @@ def results(root: Path) -> dict[str, object]:
     return {**weights, "traces": traces, "scores": json.loads((out / "evaluate" / "comparison.json").read_text())}
 
 
-@pytest.mark.slow
+def killed_in(recipe: Path, kills: Path, stages: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The last of several calls of the same command: each before it was ended by SIGKILL in its stage."""
+    kills.mkdir()
+    for name in stages:
+        (kills / name).write_text(str(int(signal.SIGKILL)))
+    for name in stages:
+        assert kdlib_run(recipe, kills=kills).returncode == -signal.SIGKILL
+        assert not (kills / name).exists() and not (recipe.parent / "out" / f"{name}.done.json").exists()
+    return kdlib_run(recipe, kills=kills)
+
+
+def test_killed_while_an_engine_writes_it_goes_on_to_the_report(models: Path, tmp_path: Path) -> None:
+    done = killed_in(recipe_in(tmp_path / "killed", models), tmp_path / "kills", STAGES[:1])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert "report  " in done.stdout and results(tmp_path / "killed")["traces"]
+
+
+@pytest.mark.soak
 def test_killed_in_each_stage_it_comes_to_the_same_result(models: Path, tmp_path: Path) -> None:
     whole = kdlib_run(recipe_in(tmp_path / "whole", models))
     assert whole.returncode == 0, whole.stdout[-3000:] + whole.stderr
-    killed, kills = recipe_in(tmp_path / "killed", models), tmp_path / "kills"
-    kills.mkdir()
-    for name in STAGES:
-        (kills / name).write_text(str(int(signal.SIGKILL)))
-    for name in STAGES:
-        assert kdlib_run(killed, kills=kills).returncode == -signal.SIGKILL
-        assert not (kills / name).exists() and not (tmp_path / "killed" / "out" / f"{name}.done.json").exists()
-    done = kdlib_run(killed, kills=kills)
+    done = killed_in(recipe_in(tmp_path / "killed", models), tmp_path / "kills", STAGES)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
     assert "report  " in done.stdout
