@@ -149,11 +149,14 @@ def _loaded(
     backend: str,
 ) -> Any:
     """The model of a path or Hub id as lm-eval's kind of model."""
-    if backend != "hf":
-        from kdlib.eval.backends import engine_lm, server_lm
+    if backend == "vllm":
+        from kdlib.eval.backends import engine_lm
 
-        make = {"vllm": engine_lm, "server": server_lm}[backend]
-        return make(os.fspath(model), batch_size=batch_size, **loading)
+        return engine_lm(os.fspath(model), batch_size=batch_size, **loading)
+    if backend == "server":
+        from kdlib.eval.backends import server_lm
+
+        return server_lm(os.fspath(model), batch_size=batch_size, **loading)
     device = loading["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {**loading, "device": device}
     try:
