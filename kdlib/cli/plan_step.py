@@ -19,7 +19,7 @@ from kdlib.cli.plan_scored import buffers, first_rows, left_out
 from kdlib.kernels.chunked import CPU_BLOCK_BYTES, CPU_CHUNK
 from kdlib.models import inner
 from kdlib.teachers import CachedTeacher, ConsistencyEnsemble, VLLMTeacher, leaves
-from kdlib.trainers import DiffusionTrainer, JacobiTrainer
+from kdlib.trainers import CrossTokenizerTrainer, DiffusionTrainer, JacobiTrainer
 from kdlib.types import Positions, TeacherSignal
 
 Row = dict[str, Any]
@@ -70,6 +70,8 @@ def _still(trainer: Any) -> Any:
     other.objective_state = trainer.objective.init_state(max(1, trainer.args.max_steps))
     if isinstance(trainer, JacobiTrainer) and trainer.state_source == "student":
         other.state_source = "noise"
+    if isinstance(trainer, CrossTokenizerTrainer):  # which keeps what it measures for the end of the step
+        other.balance = copy.deepcopy(trainer.balance)
     if isinstance(trainer, DiffusionTrainer):  # tokens that a teacher draws are as many as those that are known
         other._drawn = lambda batch, read, drawn, *, known, step, stream: known
     return other
