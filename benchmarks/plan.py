@@ -28,7 +28,7 @@ from rich.console import Console
 from training import typed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdlib.cli.plan_text import size
+from kdlib.cli.planning.text import size
 
 VOCAB = 8192
 SHAPES = {"wide": (640, 8), "narrow": (320, 6), "tiny": (32, 2)}

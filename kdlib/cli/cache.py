@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from kdlib.cli.hub_arguments import DataHubArguments
+from kdlib.cli.hub.arguments import DataHubArguments
 from kdlib.cli.parsing import parse
 
 DESCRIPTION = """Writes a teacher's top-k (or sampled, or given tokens') log-probs at the scored positions of a dataset;

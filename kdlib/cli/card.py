@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from kdlib.cli.arguments import RunArguments
 from kdlib.cli.env import environment
-from kdlib.cli.hub_license import License, license_lines, licenses, settled, teacher_names
+from kdlib.cli.hub.license import License, license_lines, licenses, settled, teacher_names
 from kdlib.drafts.formats import is_head
 from kdlib.eval.results import interval_text
 from kdlib.files import write_whole

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kdlib.cli.evaluate_asked import Asked, EngineArguments
-from kdlib.cli.evaluate_sampled import SampledArguments
+from kdlib.cli.evaluation.asked import Asked, EngineArguments
+from kdlib.cli.evaluation.sampled import SampledArguments
 from kdlib.cli.parsing import parse
 from kdlib.cli.scoring import ScoringArguments, check_tasks
 from kdlib.cli.stoppable import run_stoppable
@@ -63,15 +63,15 @@ class EvaluateArguments:
 
 def run(words: list[str]) -> int:
     if words[:1] == ["acceptance"]:
-        from kdlib.cli.evaluate_acceptance import run as run_acceptance
+        from kdlib.cli.evaluation.acceptance import run as run_acceptance
 
         return run_acceptance(words[1:])
     if words[:1] == ["jacobi"]:
-        from kdlib.cli.evaluate_jacobi import run as run_jacobi
+        from kdlib.cli.evaluation.jacobi import run as run_jacobi
 
         return run_jacobi(words[1:])
     if words[:1] == ["diffusion"]:
-        from kdlib.cli.evaluate_diffusion import run as run_diffusion
+        from kdlib.cli.evaluation.diffusion import run as run_diffusion
 
         return run_diffusion(words[1:])
     classes = [EvaluateArguments, SampledArguments, EngineArguments, ScoringArguments]
@@ -86,8 +86,8 @@ def run(words: list[str]) -> int:
 
 
 def _evaluated(asked: Asked) -> int:
-    from kdlib.cli.evaluate_models import scored
-    from kdlib.cli.evaluate_show import show
+    from kdlib.cli.evaluation.models import scored
+    from kdlib.cli.evaluation.show import show
 
     show(asked, scored(asked))
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kdlib.cli.hub_arguments import DataHubArguments
+from kdlib.cli.hub.arguments import DataHubArguments
 from kdlib.cli.parsing import check_least, parse
 from kdlib.cli.shards import say_start
 from kdlib.cli.stoppable import run_stoppable
@@ -19,7 +19,7 @@ from kdlib.samplers.config import RolloutConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from kdlib.cli.generate_source import Source
+    from kdlib.cli.generation.source import Source
     from kdlib.data.traces import Prompts, TraceWriter
     from kdlib.verifiers import Verifier
 
@@ -121,8 +121,8 @@ def run(words: list[str]) -> int:
 
 def _generated(a: GenerateArguments) -> int:
     """The exit code. Rows, prompts, directory and verifier are checked before a model is loaded."""
-    from kdlib.cli.generate_source import source_of
-    from kdlib.cli.generate_verify import load_verifier
+    from kdlib.cli.generation.source import source_of
+    from kdlib.cli.generation.verify import load_verifier
     from kdlib.data import load_rows
 
     with ExitStack() as stack:
@@ -145,7 +145,7 @@ def answered(
 
     ``stack`` closes the directory. ``more``: further settings that the traces depend on.
     """
-    from kdlib.cli.generate_loop import Generator, answer
+    from kdlib.cli.generation.loop import Generator, answer
 
     prompts = _prompts(a, rows, source)
     writer = _writer(a, prompts, source, more=more or {})
@@ -171,7 +171,7 @@ def _prompts(a: GenerateArguments, rows: Dataset, source: Source) -> Prompts:
 
 
 def _writer(a: GenerateArguments, prompts: Prompts, source: Source, *, more: Mapping[str, Any]) -> TraceWriter:
-    from kdlib.cli.generate_verify import verifier_fingerprint
+    from kdlib.cli.generation.verify import verifier_fingerprint
     from kdlib.data.traces import TraceWriter
 
     contents = {"prompts": prompts.fingerprint, "verifier_file": verifier_fingerprint(a.verify), **more}
@@ -187,7 +187,7 @@ def _writer(a: GenerateArguments, prompts: Prompts, source: Source, *, more: Map
 
 def _closing(a: GenerateArguments, prompts: Prompts, writer: TraceWriter) -> int:
     """Correct and incorrect traces in files of their own, the report, and what to do with them."""
-    from kdlib.cli.generate_report import closing_lines, finished, summary_table
+    from kdlib.cli.generation.report import closing_lines, finished, summary_table
 
     report = finished(writer.directory, prompts=prompts, verified=a.verify is not None)
     console = Console(soft_wrap=True, highlight=False)

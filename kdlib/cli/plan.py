@@ -20,13 +20,13 @@ def run(words: list[str]) -> int:
     if words[0].startswith("-"):
         words = ["distill", *words]
     if words[0] == "draft":
-        from kdlib.cli import plan_draft
+        from kdlib.cli.planning import draft
 
-        return plan_draft.run(words[1:])
+        return draft.run(words[1:])
     if words[0] in TRAINING:
-        from kdlib.cli import plan_command
+        from kdlib.cli.planning import command
 
-        return plan_command.run(words[0], words[1:])
+        return command.run(words[0], words[1:])
     near = difflib.get_close_matches(words[0], PLANS, n=1)
     raise ValueError(f"no plan {words[0]!r}: " + (f"did you mean {near[0]}?" if near else f"choose {', '.join(PLANS)}"))
 

@@ -48,8 +48,8 @@ def run(words: list[str]) -> int:
 
 
 def _pushed(a: PushArguments, directory: Path) -> str:
-    from kdlib.cli.hub import Target, check_hub
-    from kdlib.cli.hub_data import push_data
+    from kdlib.cli.hub.data import push_data
+    from kdlib.cli.hub.target import Target, check_hub
 
     if not directory.is_dir():
         raise ValueError(f"no directory {directory}: give the output_dir of a finished command")

@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from kdlib.cli.parsing import FLAGS, parse
-from kdlib.cli.recipe import near, override
-from kdlib.cli.recipe_commands import COMMANDS
-from kdlib.cli.recipe_directory import Lock, RecipeDirectory, dependents
-from kdlib.cli.recipe_process import run_logged
-from kdlib.cli.recipe_stage import Plan, Stage
-from kdlib.cli.recipe_table import plan_table
+from kdlib.cli.recipe.commands import COMMANDS
+from kdlib.cli.recipe.directory import Lock, RecipeDirectory, dependents
+from kdlib.cli.recipe.file import near, override
+from kdlib.cli.recipe.process import run_logged
+from kdlib.cli.recipe.stage import Plan, Stage
+from kdlib.cli.recipe.table import plan_table
 
 DESCRIPTION = f"""Runs a recipe: kdlib run recipe.yaml. It has options that its stages share (model, teacher, dataset_name,
 output_dir, seed, ...) and stages: a list of {{COMMAND: {{name: NAME, option: value, ...}}}}, each in a directory of its own
@@ -90,7 +90,7 @@ def _planned_apart(recipe: str, overrides: Mapping[str, Any]) -> Plan:
 
 
 def _planned(recipe: str, overrides: Mapping[str, Any]) -> Plan:
-    from kdlib.cli.recipe_check import planned
+    from kdlib.cli.recipe.check import planned
 
     return planned(recipe, overrides)
 
@@ -150,7 +150,7 @@ class _Call:
 
     def _close(self) -> None:
         """The report, and what can be done with what there is."""
-        from kdlib.cli.recipe_report import next_line, summary_table, write_run_report
+        from kdlib.cli.recipe.report import next_line, summary_table, write_run_report
 
         report = write_run_report(self.directory, self.stages, recipe=self._recipe, command=self._command)
         console = _console()

@@ -12,7 +12,7 @@ from rich.console import Console
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
 from kdlib.cli.launch import relaunch
 from kdlib.cli.parsing import Options, parse
-from kdlib.cli.plan_text import short
+from kdlib.cli.planning.text import short
 from kdlib.cli.run_directory import RunDirectory, Stage
 from kdlib.cli.scoring import ScoringArguments, check_tasks
 
@@ -57,7 +57,7 @@ class Run:
         stage = directory.stage(options.config, overwrite=options.build(cls.arguments_class).overwrite)
         cls.check(options)
         if stage is not Stage.DONE:
-            from kdlib.cli.hub_run import check_push
+            from kdlib.cli.hub.run import check_push
 
             check_push(options.config)
         relaunch(cls.command, words, options.build(LaunchArguments))
@@ -68,7 +68,7 @@ class Run:
         """ValueError for options that cannot work together, before other processes are started."""
 
     def __init__(self, options: Options, *, words: list[str], quiet: bool) -> None:
-        from kdlib.cli.hub_run import taken_target
+        from kdlib.cli.hub.run import taken_target
 
         self.options, self.words = options, words
         self.arguments, self.scoring = options.build(self.arguments_class), options.build(ScoringArguments)
@@ -99,7 +99,7 @@ class Run:
 
     def start(self, stage: Stage) -> int:
         """The exit code; nothing is written before all that can be checked has been."""
-        from kdlib.cli.hub_run import push_each_save
+        from kdlib.cli.hub.run import push_each_save
 
         if stage is Stage.DONE:
             self.log.print(
@@ -129,7 +129,7 @@ class Run:
 
     def _prepared(self) -> tuple[DistillationTrainer, dict[str, Any]]:
         """The trainer and its plan; where something does not fit, output_dir stays as it was."""
-        from kdlib.cli.plan_training import fitting
+        from kdlib.cli.planning.training import fitting
 
         check_tasks(self.scoring)
         try:
@@ -198,7 +198,7 @@ class Run:
     def _finish(self, trainer: DistillationTrainer) -> int:
         """Evaluation loss, final/ (whole or absent), scores of final/ itself, samples and the report."""
         from kdlib.cli.finish import finish
-        from kdlib.cli.hub_run import push_final
+        from kdlib.cli.hub.run import push_final
 
         loss = trainer.evaluate() if trainer.eval_dataset is not None else {}
         temporary = self.directory.path / "final.tmp"

@@ -76,7 +76,7 @@ class TrajectoriesArguments:
 def run(words: list[str]) -> int:
     kind, *rest = words or [""]
     if kind in KINDS:
-        return int(import_module(f"kdlib.cli.trajectories_{kind}").run(rest))
+        return int(import_module(f"kdlib.cli.trajectory.{kind}").run(rest))
     if not {"-h", "--help", "--help_all"} & set(words):
         raise ValueError(
             f"say which trajectories, {' or '.join(KINDS)}: kdlib trajectories {next(iter(KINDS))} --model MODEL "

@@ -11,7 +11,7 @@ import pytest
 from kdlib.cli.arguments import AdapterArguments, LaunchArguments, RunArguments
 from kdlib.cli.diffusion import DecodingArguments, DiffusionMeasureArguments
 from kdlib.cli.draft import DraftArguments, MeasureArguments
-from kdlib.cli.evaluate_jacobi import DecoderArguments
+from kdlib.cli.evaluation.jacobi import DecoderArguments
 from kdlib.cli.help import docs, nested, shown_default
 from kdlib.cli.jacobi import MeasureArguments as JacobiMeasure
 from kdlib.cli.names import LEFT_OUT, RENAMED

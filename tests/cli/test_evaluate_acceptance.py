@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdlib.cli.evaluate_acceptance import run
+from kdlib.cli.evaluation.acceptance import run
 from kdlib.eval import losslessness
 from tests.cli.conftest import write_rows
 from tests.tiny import tiny_llama, tiny_tokenizer

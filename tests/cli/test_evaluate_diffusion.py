@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdlib.cli.evaluate_diffusion import DiffusionArguments, SweepArguments
+from kdlib.cli.evaluation.diffusion import DiffusionArguments, SweepArguments
 from kdlib.cli.help import docs, shown_default
 from kdlib.data.arithmetic import make_problems
 from kdlib.data.arithmetic_models import END, make_tokenizer

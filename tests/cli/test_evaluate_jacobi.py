@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kdlib.cli.evaluate import run as evaluate
-from kdlib.cli.evaluate_jacobi import run
+from kdlib.cli.evaluation.jacobi import run
 from kdlib.eval import jacobi_measurement
 from tests.cli.conftest import conversation, write_rows
 from tests.tiny import tiny_llama, tiny_tokenizer

@@ -17,10 +17,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from kdlib.cli.evaluate import EvaluateArguments
-from kdlib.cli.evaluate_asked import EngineArguments
-from kdlib.cli.evaluate_judged import judged
-from kdlib.cli.evaluate_sampled import SampledArguments
-from kdlib.cli.generate_loop import EMPTY, UNUSABLE
+from kdlib.cli.evaluation.asked import EngineArguments
+from kdlib.cli.evaluation.judged import judged
+from kdlib.cli.evaluation.sampled import SampledArguments
+from kdlib.cli.generation.loop import EMPTY, UNUSABLE
 from kdlib.cli.help import docs, shown_default
 from kdlib.data.traces import Batch, Skipped, TraceWriter, read_prompts
 from kdlib.verifiers import ExactNumber

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from kdlib.cli.hub_license import License, check_license, license_lines, license_of, settled, teacher_names
+from kdlib.cli.hub.license import License, check_license, license_lines, license_of, settled, teacher_names
 from tests.cli.fake_hub import TOKEN, fake_hub
 
 APACHE = License(name="apache-2.0", quoted="license: apache-2.0", source="a card")

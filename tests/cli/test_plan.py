@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from kdlib.cli.help import docs
-from kdlib.cli.plan_command import PlanArguments
-from kdlib.cli.plan_disk import cache_bytes
-from kdlib.cli.plan_known import known_config
-from kdlib.cli.plan_models import on_meta
-from kdlib.cli.plan_text import duration, parsed_size, size
+from kdlib.cli.planning.command import PlanArguments
+from kdlib.cli.planning.disk import cache_bytes
+from kdlib.cli.planning.known import known_config
+from kdlib.cli.planning.models import on_meta
+from kdlib.cli.planning.text import duration, parsed_size, size
 from kdlib.data.cache import CacheIndex
 from kdlib.models import parameter_count
 from tests.cli.conftest import Command

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from kdlib.cli.plan import run
-from kdlib.cli.plan_draft import ALPHAS, consequences
-from kdlib.cli.plan_shapes import built, shapes
+from kdlib.cli.planning.draft import ALPHAS, consequences
+from kdlib.cli.planning.shapes import built, shapes
 from tests.tiny import tiny_llama
 
 QUICK = ["--context", "8", "--repeats", "2", "--batch_sizes", "1,3", "--num_speculative_tokens", "1,4", "--device", "cpu"]

@@ -12,10 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerCallback
 
-from kdlib.cli.plan_live import LiveBytes, tensor_bytes, twin, without_memory
-from kdlib.cli.plan_memory import Layout, phases
-from kdlib.cli.plan_rows import longest_rows
-from kdlib.cli.plan_step import GRADIENTS, traced_step
+from kdlib.cli.planning.live import LiveBytes, tensor_bytes, twin, without_memory
+from kdlib.cli.planning.memory import Layout, phases
+from kdlib.cli.planning.rows import longest_rows
+from kdlib.cli.planning.step import GRADIENTS, traced_step
 from kdlib.objectives import CrossEntropy, GeneralizedJSD
 from kdlib.trainers import DistillationConfig, DistillationTrainer
 from kdlib.types import Positions

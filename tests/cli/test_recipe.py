@@ -11,10 +11,10 @@ import yaml
 
 from kdlib.cli.main import main
 from kdlib.cli.parsing import option_names, parse
-from kdlib.cli.recipe import override, read_recipe
-from kdlib.cli.recipe_check import planned
-from kdlib.cli.recipe_commands import COMMANDS, option_classes
-from kdlib.cli.recipe_stage import Plan
+from kdlib.cli.recipe.check import planned
+from kdlib.cli.recipe.commands import COMMANDS, option_classes
+from kdlib.cli.recipe.file import override, read_recipe
+from kdlib.cli.recipe.stage import Plan
 from kdlib.cli.run import RecipeArguments
 from tests.cli.conftest import Command
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from kdlib.cli.recipe_directory import RecipeDirectory, dependents
-from kdlib.cli.recipe_gains import Score, scores_of
-from kdlib.cli.recipe_process import run_logged
-from kdlib.cli.recipe_report import summary_table, write_run_report
-from kdlib.cli.recipe_stage import Stage, fingerprint, reference
+from kdlib.cli.recipe.directory import RecipeDirectory, dependents
+from kdlib.cli.recipe.gains import Score, scores_of
+from kdlib.cli.recipe.process import run_logged
+from kdlib.cli.recipe.report import summary_table, write_run_report
+from kdlib.cli.recipe.stage import Stage, fingerprint, reference
 
 
 def stage(name: str, command: str = "distill", *, read: tuple[Stage, ...] = (), **options: Any) -> Stage:

@@ -17,9 +17,9 @@ import yaml
 from kdlib.cli.generate import GenerateArguments
 from kdlib.cli.grammar import read_yaml
 from kdlib.cli.parsing import Options, parse
-from kdlib.cli.recipe import read_recipe
-from kdlib.cli.recipe_commands import option_classes, training_run
-from kdlib.cli.recipe_wiring import wire
+from kdlib.cli.recipe.commands import option_classes, training_run
+from kdlib.cli.recipe.file import read_recipe
+from kdlib.cli.recipe.wiring import wire
 from kdlib.cli.recipes import recipes
 from tests.cli.conftest import Command
 

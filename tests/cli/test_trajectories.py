@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdlib.cli.help import docs
 from kdlib.cli.parsing import option_names
 from kdlib.cli.trajectories import TrajectoriesArguments
-from kdlib.cli.trajectories_jacobi import JacobiTrajectoriesArguments
+from kdlib.cli.trajectory.jacobi import JacobiTrajectoriesArguments
 from kdlib.data import load_rows
 from kdlib.data.trajectories import TrajectoryIndex, block_states, read_trajectories
 from tests.cli.conftest import Command, conversation, tree, write_rows

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdlib.cli.help import docs, shown_default
 from kdlib.cli.parsing import option_names
 from kdlib.cli.trajectories import TrajectoriesArguments
-from kdlib.cli.trajectories_diffusion import DiffusionTrajectoriesArguments
+from kdlib.cli.trajectory.diffusion import DiffusionTrajectoriesArguments
 from kdlib.data import load_rows
 from kdlib.data.arithmetic import make_problems
 from kdlib.data.diffusion import DiffusionIndex

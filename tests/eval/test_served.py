@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kdlib.cli.evaluate_served import run
+from kdlib.cli.evaluation.served import run
 from kdlib.eval.served import ServedSettings, compared, measure_served
 from kdlib.eval.served_load import Reply, load
 from kdlib.eval.served_prompts import served_prompts

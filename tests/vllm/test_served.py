@@ -13,7 +13,7 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from kdlib.cli.evaluate_served import run
+from kdlib.cli.evaluation.served import run
 from kdlib.eval.served import ServedSettings, measure_served
 from kdlib.eval.served_report import remarks
 from tests.tiny import tiny_llama, tiny_tokenizer

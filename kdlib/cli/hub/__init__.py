@@ -1,0 +1,1 @@
+"""Sending runs, caches and traces to the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""What ``kdlib run`` does with a recipe: reading, checking, wiring and running its stages, and their report."""

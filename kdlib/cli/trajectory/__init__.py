@@ -1,0 +1,1 @@
+"""The kinds of ``kdlib trajectories`` and what they share."""
