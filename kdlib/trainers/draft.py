@@ -13,7 +13,8 @@ from kdlib.kernels import row_values
 from kdlib.models import check_head, evaluating, load_model
 from kdlib.objectives import SelectiveKL
 from kdlib.objectives.selective import check_reference, potential, select, threshold
-from kdlib.trainers.distillation import AWAY, Batch, DistillationTrainer
+from kdlib.trainers.distillation import Batch, DistillationTrainer
+from kdlib.trainers.resuming import AWAY
 from kdlib.types import Positions
 
 
