@@ -25,14 +25,13 @@ class DistillRun(Run):
     def make_trainer(self, **given: Any) -> DistillationTrainer:
         return self._trainer_class()(self.arguments.model, self.arguments.teacher, **given)
 
-    def training_rows(self) -> Any:
-        """Rows, or for a loss of pairs what pairs are made of: a directory of ``kdlib generate`` too."""
+    def read_rows(self, name: str, *, split: str) -> Any:
+        """Pairs of answers for an objective of pairs."""
         if not self._paired:
-            return super().training_rows()
+            return super().read_rows(name, split=split)
         from kdlib.data.pairs import load_pairs
 
-        a = self.arguments
-        return load_pairs(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config)
+        return load_pairs(name, split=split, config=self.arguments.dataset_config)
 
     def preview(self) -> int:
         """Of pairs, the right answers and then the wrong ones."""

@@ -133,7 +133,6 @@ class DraftRun(Run):
             self.arguments.model,
             self.arguments.teacher,
             reference=reference,
-            tokenizer_source=self.tokenizer_source(),
             given=given,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from torch import nn
 
 from kdlib.cli.measuring import row_prompts
 from kdlib.cli.names import unknown
@@ -64,15 +65,14 @@ def head_path(model: Any) -> str | None:
     return (model[HEAD] or {}).get("path")
 
 
-def make_trainer(
-    model: Any, target: Any, *, reference: str | None, tokenizer_source: str, given: Mapping[str, Any]
-) -> DistillationTrainer:
+def make_trainer(model: Any, target: Any, *, reference: str | None, given: Mapping[str, Any]) -> DistillationTrainer:
     """The trainer for the form of ``model``; ValueError for a form that is none."""
     if head_options(model) is not None:
         return _eagle_trainer(head_path(model), target, given=given)
-    if isinstance(model, str):
+    if isinstance(model, str | nn.Module):
         return DraftTrainer(model, target, reference=reference, **given)
-    tokenizer = load_tokenizer(tokenizer_source, trust_remote_code=given["args"].trust_remote_code)
+    source = draft_tokenizer_source(model, target)
+    tokenizer = load_tokenizer(source, trust_remote_code=given["args"].trust_remote_code)
     return DraftTrainer(_pruned(model, target, given["args"]), target, reference=reference, processing_class=tokenizer, **given)
 
 

@@ -133,7 +133,7 @@ def _objectives(*, diffusion: bool) -> list[tuple[str, str, str]]:
         (
             "row by row",
             "temperature=1.0, t_squared=false",
-            "of all but Sinkhorn: divides both models' logits; multiplies the loss by temperature squared",
+            "of all but Sinkhorn and REDI: divides both models' logits; multiplies the loss by temperature squared",
         ),
     ]
 

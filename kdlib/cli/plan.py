@@ -8,6 +8,7 @@ from rich.console import Console
 
 TRAINING = ("distill", "jacobi", "diffusion")
 PLANS = {
+    "FILE.yaml": "the same of a recipe: of the command whose options it holds, or of each of its stages that trains",
     **{name: f"memory, disk, steps and time of kdlib {name}, with its own options" for name in TRAINING},
     "draft": "the acceptance that drafts of several shapes need to make a target faster; none of them is trained",
 }
@@ -27,6 +28,10 @@ def run(words: list[str]) -> int:
         from kdlib.cli.planning import command
 
         return command.run(words[0], words[1:])
+    if words[0].endswith((".yaml", ".yml")):
+        from kdlib.cli.planning import recipe
+
+        return recipe.run(words[0], words[1:])
     near = difflib.get_close_matches(words[0], PLANS, n=1)
     raise ValueError(f"no plan {words[0]!r}: " + (f"did you mean {near[0]}?" if near else f"choose {', '.join(PLANS)}"))
 

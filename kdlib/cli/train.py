@@ -164,26 +164,25 @@ class Run:
         )
 
     def training_rows(self) -> Any:
-        """The rows that ``dataset_name`` names; trajectories were made with the student's tokenizer."""
+        """The rows that ``dataset_name`` names."""
+        return self.read_rows(self.arguments.dataset_name, split=self.arguments.dataset_train_split)
+
+    def _evaluation_rows(self) -> Any:
+        a = self.arguments
+        if a.eval_dataset_name or a.dataset_test_split:
+            return self.read_rows(a.eval_dataset_name or a.dataset_name, split=a.dataset_test_split or "train")
+        if self.args.eval_strategy != "no":
+            raise ValueError("eval_strategy without evaluation rows: add --eval_dataset_name or --dataset_test_split")
+        return None
+
+    def read_rows(self, name: str, *, split: str) -> Any:
+        """The rows that ``name`` stands for; trajectories were made with the student's tokenizer."""
         from kdlib.data import load_rows
         from kdlib.data.trajectories import is_trajectories
         from kdlib.trainers import setup
 
-        a = self.arguments
-        token_ids = is_trajectories(a.dataset_name)
-        tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args) if token_ids else None
-        return load_rows(a.dataset_name, split=a.dataset_train_split, config=a.dataset_config, tokenizer=tokenizer)
-
-    def _evaluation_rows(self) -> Any:
-        from kdlib.data import load_rows
-
-        a = self.arguments
-        if a.eval_dataset_name or a.dataset_test_split:
-            name, split = a.eval_dataset_name or a.dataset_name, a.dataset_test_split or "train"
-            return load_rows(name, split=split, config=a.dataset_config)
-        if self.args.eval_strategy != "no":
-            raise ValueError("eval_strategy without evaluation rows: add --eval_dataset_name or --dataset_test_split")
-        return None
+        tokenizer = setup.student_tokenizer(self.tokenizer_source(), self.args) if is_trajectories(name) else None
+        return load_rows(name, split=split, config=self.arguments.dataset_config, tokenizer=tokenizer)
 
     def _scoring_options(self) -> dict[str, Any]:
         return {**asdict(self.scoring), "batch_size": self.args.per_device_eval_batch_size}

@@ -64,10 +64,18 @@ def student(
     if peft_config is not None:
         made = _adapted(made, peft_config, args)
     if args.disable_dropout:
-        for module in made.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        _without_dropout(made)
     return made
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Modules of dropout, and rates that a module hands to a function, as attention does."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _made(model: str | nn.Module, args: DistillationConfig, quantization_config: Any, *, adapted: bool) -> nn.Module:

@@ -17,7 +17,9 @@ from kdlib.cli.planning.command import PlanArguments
 from kdlib.cli.planning.disk import cache_bytes
 from kdlib.cli.planning.known import known_config
 from kdlib.cli.planning.models import on_meta
+from kdlib.cli.planning.recipe import command_of
 from kdlib.cli.planning.text import duration, parsed_size, size
+from kdlib.cli.recipes import recipes
 from kdlib.data.cache import CacheIndex
 from kdlib.models import parameter_count
 from tests.cli.conftest import Command
@@ -247,3 +249,50 @@ def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None
 def test_a_model_that_recipes_name_is_planned_without_its_files(planned: Any) -> None:
     found = planned(model="Qwen/Qwen3-0.6B", teacher="http://127.0.0.1:9/v1", dataset_name=None, rows=64, tokens_per_row=16)
     assert found["student_parameters"] == PUBLISHED["Qwen/Qwen3-0.6B"] and found["rows"] == 64
+
+
+AT_SIZE = ("--rows", "10000", "--device", "cuda", "--memory", "80GiB", "--disk", "2TB")
+RECIPES = {  # what is longest in them, and what stands for models that other commands make first
+    "draft": (2048, {}),
+    "reasoning": (4096, {}),
+    "jacobi": (1024, {"use_peft": "true"}),
+    "dllm_llada": (384, {}),
+    "cross_tokenizer": (1024, {}),
+    "reasoning_run": (17408, {}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_fit_the_devices_that_they_are_for(kdlib: Command, name: str) -> None:
+    length, more = RECIPES[name]
+    done = kdlib("plan", str(recipes()[name]), *AT_SIZE, tokens_per_row=length, **more)
+    assert done.code == 0, done.err
+    stages = ["sft", "offline", "on_policy"] if name == "reasoning_run" else [""]
+    assert all(f"stage {stage}: kdlib distill" in done.out for stage in stages if stage)
+    found = re.findall(r"^memory (\d+) GiB.* of 80 GiB free", done.out, re.MULTILINE)
+    assert len(found) == len(stages) and all(1 < int(size) < 80 for size in found)
+
+
+def test_a_recipe_that_does_not_fit_names_its_stage(kdlib: Command) -> None:
+    done = kdlib("plan", str(recipes()["reasoning_run"]), *AT_SIZE, tokens_per_row=17408, memory="24GiB")
+    assert done.code == 2
+    assert "stage sft: the run needs" in done.err and "stage on_policy: the run needs" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "command"),
+    [
+        ({"model": "m"}, "distill"),
+        ({"reference": "m"}, "draft"),
+        ({"window_size": 4, "evaluate": {}}, "jacobi"),
+        ({"masking": "blocks"}, "diffusion"),
+    ],
+)
+def test_the_command_of_a_file_is_told_by_its_options(content: Options, command: str) -> None:
+    assert command_of(content) == command
+
+
+def test_a_draft_made_of_its_target_is_planned_by_a_model_of_its_shape(kdlib: Command) -> None:
+    done = kdlib("plan", str(recipes()["draft_eagle3"]), *AT_SIZE, tokens_per_row=512)
+    assert done.code == 2 and "a path or Hub id" in done.err

@@ -83,7 +83,7 @@ def test_difficulty_is_the_share_of_wrong_completions(traces: Path) -> None:
 
 
 def test_a_directory_of_traces_trains_and_the_same_command_shows_it(kdlib: Command, options: dict[str, Any]) -> None:
-    done = kdlib("distill", **options, curriculum="difficulty", max_pairs=2)
+    done = kdlib("distill", **options, curriculum="difficulty", max_pairs=2, eval_dataset_name=options["dataset_name"])
     assert done.code == 0, done.err
     run = options["output_dir"]
     AutoModelForCausalLM.from_pretrained(run / "final")
@@ -94,7 +94,8 @@ def test_a_directory_of_traces_trains_and_the_same_command_shows_it(kdlib: Comma
         assert "curriculum/open" in line
     assert yaml.safe_load((run / "config.yaml").read_text())["objective"] == {"REDI": {"alpha": 0.8, "positive_weight": 1.0}}
     assert "REDI(" in (run / "final" / "README.md").read_text()
-    again = kdlib("distill", **options, curriculum="difficulty", max_pairs=2)
+    assert any("eval_rewards/accuracies" in line for line in lines(run / "metrics.jsonl")), "pairs again"
+    again = kdlib("distill", **options, curriculum="difficulty", max_pairs=2, eval_dataset_name=options["dataset_name"])
     assert again.code == 0 and "finished" in again.err
 
 

@@ -117,8 +117,11 @@ def test_a_new_student_from_a_configuration(tmp_path: Path, student: str, teache
 def test_disable_dropout(tmp_path: Path) -> None:
     model = tiny_llama(V)
     model.model.layers[0].mlp.down_proj = torch.nn.Sequential(model.model.layers[0].mlp.down_proj, torch.nn.Dropout(0.5))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # which attention hands to a function
     trainer = trainer_of(tmp_path, model=model, config={"disable_dropout": True})
     assert [m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)] == [0.0]
+    assert {layer.self_attn.attention_dropout for layer in trainer.model.model.layers} == {0.0}
 
 
 def renamed_tokens() -> Any:

@@ -28,7 +28,7 @@ tokens; with --measure, time too. Models are made of their configurations, witho
 
 The longest rows of the data count. Without data yet: --rows N --tokens_per_row L. Where a device or the disk has too little,
 it says which option helps by how much, and exits 2."""
-RUNS = {"distill": "DistillRun", "jacobi": "JacobiRun", "diffusion": "DiffusionRun"}
+RUNS = {"distill": "DistillRun", "draft": "DraftRun", "jacobi": "JacobiRun", "diffusion": "DiffusionRun"}
 
 
 @dataclass

@@ -6,8 +6,10 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+WORD = " a"  # a token of its own in every tokenizer of subwords
 
 
 def known_config(name: str) -> PreTrainedConfig | None:
@@ -23,7 +25,13 @@ def known_config(name: str) -> PreTrainedConfig | None:
 
 
 def blank_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``size`` entries that mean nothing, for rows that are only assumed."""
-    words = {f"<{number}>": number for number in range(size)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<0>", bos_token="<1>", eos_token="<2>", mask_token="<3>")
+    """A tokenizer of ``size`` entries for rows that are only assumed: bytes, ``WORD``, and entries that mean nothing."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    space = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]
+    words = [*symbols, space + WORD.strip()]
+    vocab = {word: number for number, word in enumerate([*words, *(f"<{number}>" for number in range(len(words), size))])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[(space, WORD.strip())]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    pad, bos, eos, mask = (f"<{number}>" for number in range(len(words), len(words) + 4))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token=pad, bos_token=bos, eos_token=eos, mask_token=mask)

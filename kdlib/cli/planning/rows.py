@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from kdlib.cli.planning.known import WORD
 from kdlib.data.draft import UNSCORED
 from kdlib.data.rollout_rows import prompt_ids, with_completion
 
@@ -28,6 +29,11 @@ class Assumed:
         labels = [UNSCORED] * length if args.on_policy_fraction == 1.0 else [1] * length
         row = {"input_ids": [1] * length, "labels": labels, "commit_step": list(range(length))}
         return Dataset.from_list([{**row, "sample_id": number} for number in range(count)])
+
+    def texts(self, *, count: int) -> Dataset:
+        """``count`` rows of as many words that are a token each, for two tokenizers to read."""
+        row = {"prompt": WORD, "completion": WORD * (self.tokens_per_row - 1)}
+        return Dataset.from_list([row] * count)
 
 
 def longest_rows(trainer: Any, count: int) -> list[Row]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.planning.models import AbsentServer, found_tokenizer, ready_to_make, student_on_meta, teacher_on_meta
 from kdlib.cli.planning.rows import Assumed
+from kdlib.drafts.formats import is_head
+from kdlib.objectives.cross import CrossTokenizerObjective
 from kdlib.teachers import leaves
 from kdlib.trainers import setup
 from kdlib.types import Support, feeds
@@ -35,6 +37,7 @@ def weightless(
     from kdlib.cli.adapters import peft_config
 
     run = kind(options, words=[], quiet=True)
+    _check(run.arguments)
     # rows that are only assumed need none of the tokenizer but its length
     source = run.tokenizer_source()
     tokenizer = setup.student_tokenizer(source, run.args) if rows is None else found_tokenizer(source, run.args)
@@ -44,8 +47,10 @@ def weightless(
     if rows is None or tokens_per_row is None:
         data = run.training_rows()
     else:
-        at_once = run.args.train_batch_size * run.args.gradient_accumulation_steps
-        data = Assumed(rows=rows, tokens_per_row=tokens_per_row).dataset(run.args, count=min(rows, at_once))
+        count = min(rows, run.args.train_batch_size * run.args.gradient_accumulation_steps)
+        assume = Assumed(rows=rows, tokens_per_row=tokens_per_row)
+        aligns = isinstance(run.arguments.objective, CrossTokenizerObjective)
+        data = assume.texts(count=count) if aligns else assume.dataset(run.args, count=count)
         assumed.append(f"{rows:,} rows of {tokens_per_row:,} tokens")
     student = student_on_meta(run.arguments.model, run.args, frozen=adapter is not None or quantised)
     full = not feeds(Support.TOPK, run.arguments.objective.accepts)
@@ -64,3 +69,14 @@ def weightless(
             server.width(student)
             assumed.append(server.assumption)
     return Weightless(trainer=made, engine=engine, assumed=assumed)
+
+
+def _check(arguments: Any) -> None:
+    """ValueError for drafts that are made of other models' weights."""
+    if not isinstance(arguments.model, str) or arguments.model == "eagle3" or is_head(arguments.model):
+        raise ValueError(
+            f"the plan of a draft needs a path or Hub id, not {arguments.model!r}: give a model of the same shape "
+            "(kdlib draft itself prints the first lines of its plan)"
+        )
+    if getattr(arguments, "reference", None):
+        raise ValueError("the plan of a draft has no reference: add --objective ForwardKL --reference null, and its weights")
