@@ -62,17 +62,23 @@ def table(found: list[dict[str, Any]], seeds: list[int]) -> tuple[list[str], lis
     for name, what in MODELS.items():
         for seed, comparison in zip(seeds, found, strict=True):
             first = comparison["rows"][0]
-            cells = [interval_text(first["values"][name]), gain_text(first["gains"].get(name))]
+            cells = [interval_text(first["values"][name]), gain_text(gain_of(name, first))]
             truncated = next(row for row in comparison["rows"] if row["metric"] == "truncated")
             lines.append([what, str(seed), *cells, f"{truncated['values'][name]['value']:.3f}"])
     return ["model", "seed", found[0]["rows"][0]["metric"], "gain over the one before", "truncated"], lines
+
+
+def gain_of(name: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The gain over the stage before; the teacher is listed first, and is none."""
+    gain: dict[str, Any] | None = row["gains"].get(name)
+    return None if gain is None or gain["over"] == "teacher" else gain
 
 
 def means(found: list[dict[str, Any]]) -> str:
     """The mean over seeds of every gain, and at how many of them its interval is above 0."""
     parts = []
     for name in MODELS:
-        gains = [comparison["rows"][0]["gains"][name] for comparison in found if name in comparison["rows"][0]["gains"]]
+        gains = [gain for comparison in found if (gain := gain_of(name, comparison["rows"][0])) is not None]
         if gains:
             shown = sum(gain["low"] is not None and gain["low"] > 0 for gain in gains)
             mean = statistics.fmean(gain["value"] for gain in gains)

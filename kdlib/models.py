@@ -50,7 +50,7 @@ def load_model(
             return layouts.load(name, config, **options)
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_loadable("model", name, error)) from error
+        raise ValueError(not_loadable("model", name, error)) from error
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -78,13 +78,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_loadable("tokenizer", name, error)) from error
+        raise ValueError(not_loadable("tokenizer", name, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _not_loadable(what: str, name: str, error: Exception) -> str:
+def not_loadable(what: str, name: str, error: Exception) -> str:
+    """The line for a ``what`` that is not at ``name``: a path that is not there, or what loading it said."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).exists():
         return f"no {what} at {name}: the directory does not exist"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kdlib.cli.planning.known import blank_tokenizer, known_config
 from kdlib.head import Head
-from kdlib.models import inner, load_config, load_tokenizer
+from kdlib.models import inner, load_config, load_tokenizer, not_loadable
 from kdlib.serving.client import is_url
 from kdlib.teachers import HFTeacher
 from kdlib.trainers.config import DistillationConfig
@@ -52,7 +52,7 @@ def found_config(name: str, *, revision: str | None = None, trust_remote_code: b
     except (OSError, ValueError) as error:
         if (known := known_config(name)) is not None:
             return known
-        raise ValueError(f"no configuration at {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(not_loadable("configuration", name, error)) from error
 
 
 def found_tokenizer(

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kdlib.cli.names import unknown
-from kdlib.models import load_config, load_model
+from kdlib.models import load_config, load_model, not_loadable
 
 LADDER = (8, 4, 2)  # drafts of one eighth, a quarter and half of the target's layers
 
@@ -54,7 +54,7 @@ def _config(name: str) -> PreTrainedConfig:
     try:
         return load_config(name).get_text_config()
     except (OSError, ValueError) as error:
-        raise ValueError(f"no configuration at {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(not_loadable("configuration", name, error)) from error
 
 
 def _shape(config: PreTrainedConfig, asked: Mapping[str, Any]) -> Shape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdlib.cli.recipe.file import TEACHER
 from kdlib.eval.results import interval_text
 from kdlib.eval.sampled_comparison import gain_text
 
@@ -16,7 +17,10 @@ COMPARISON = "comparison.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One model's score in one metric; ``gain`` over the model before it: over, value, low and high."""
+    """One model's score in one metric; ``gain`` over the model before it: over, value, low and high.
+
+    There is none over the teacher, which is listed first and is no stage before.
+    """
 
     model: str
     task: str
@@ -58,9 +62,13 @@ def scores_of(directory: Path) -> list[Score]:
             metric=row["metric"],
             n=row["n"],
             value=value,
-            gain=row["gains"].get(model),
+            gain=_over_a_stage(row["gains"].get(model)),
             higher_is_better=row.get("higher_is_better"),
         )
         for row in rows
         for model, value in row["values"].items()
     ]
+
+
+def _over_a_stage(gain: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if gain is None or gain["over"] == TEACHER else gain
