@@ -64,6 +64,7 @@ def start_engine(
         max_logprobs=max_logprobs,
         logprobs_mode=logprobs_mode,
         max_num_batched_tokens=max_num_batched_tokens,
+        **_scheduling(pooling=pooling, batched_tokens=max_num_batched_tokens),
         enable_sleep_mode=enable_sleep_mode,
         enable_prefix_caching=enable_prefix_caching,
         speculative_config=None if speculative_config is None else dict(speculative_config),
@@ -72,6 +73,12 @@ def start_engine(
         tokenizer_revision=revision,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _scheduling(*, pooling: bool, batched_tokens: int | None) -> dict[str, bool]:
+    """On a CPU vLLM 0.32 ends with an error where a prompt is read in two parts and its request has a seed, as ours have."""
+    whole = not torch.cuda.is_available() and not pooling and batched_tokens is None
+    return {"enable_chunked_prefill": False} if whole else {}
 
 
 def prepare_environment() -> None:

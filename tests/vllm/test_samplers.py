@@ -98,6 +98,15 @@ def stepped(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def test_more_prompts_than_a_step_reads_are_drawn_with_their_seeds(engine: Sampler) -> None:
+    """vLLM's scheduler would read one of the prompts in two parts, which fails on a CPU for a request with a seed."""
+    prompts = [[5 + i % 200, *range(20, 60)] for i in range(300)]
+    params = SamplingParams(max_tokens=2, temperature=1.0)
+    drawn = engine.generate(prompts, params, seeds=range(300))
+    alone = engine.generate(prompts[-1:], params, seeds=[299])
+    assert len(drawn) == 300 and drawn[-1].ids == alone[0].ids
+
+
 def test_greedy_rollouts_are_transformers_token_for_token(sampler: Sampler, student: nn.Module) -> None:
     free = HFSampler(student, pad_token_id=0).generate(PROMPTS, GREEDY, seeds=range(4))
     stops = (free[0].ids[5], free[2].ids[11])

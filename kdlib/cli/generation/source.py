@@ -141,9 +141,7 @@ def _refuse_unused(a: SourceArguments, rollout: RolloutConfig) -> None:
 def _served(a: SourceArguments, rollout: RolloutConfig) -> Served:
     assert rollout.url is not None
     client = ServerClient(rollout.url, timeout=rollout.timeout, patience=rollout.patience)
-    return client.models(
-        command=f"{serve_command(a.tokenizer or 'MODEL', signal='generate')} --logprobs-mode processed_logprobs"
-    )[0]
+    return client.models(command=serve_command(a.tokenizer or "MODEL", signal="generate"))[0]
 
 
 def _config(name: str, trust_remote_code: bool) -> Any:
