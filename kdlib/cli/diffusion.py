@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdlib.cli.arguments import RunArguments
-from kdlib.cli.measuring import row_prompts
+from kdlib.cli.measuring import print_unmeasured, row_prompts
 from kdlib.cli.parsing import check_least
 from kdlib.cli.train import Run
 from kdlib.objectives import MaskedELBO, Objective
@@ -135,7 +135,7 @@ class DiffusionRun(Run):
         try:
             found = self._measured(trainer)
         except ValueError as error:  # prompts without room: no reason to lose what was trained
-            self.log.print(f"forwards are not measured: {error}", markup=False)
+            print_unmeasured(self.log, "forwards are", str(error))
             return ()
         self.directory.write_json("eval/diffusion.json", found.to_json())
         return diffusion_sections(found)

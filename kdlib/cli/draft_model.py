@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import nn
 
-from kdlib.cli.measuring import row_prompts
+from kdlib.cli.measuring import print_unmeasured, row_prompts
 from kdlib.cli.names import unknown
 from kdlib.data.draft import first_scored
 from kdlib.decoding.sampling import context_length
@@ -103,7 +103,7 @@ def measure(trainer: Any, draft: Path, options: Mapping[str, Any], *, log: Conso
             return _measured(trainer, draft, options)
         except ValueError as error:  # prompts without room: no reason to lose what was trained
             reason = str(error)
-    log.print(f"acceptance is not measured: {reason}", markup=False)
+    print_unmeasured(log, "acceptance is", reason)
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdlib.cli.arguments import RunArguments
-from kdlib.cli.measuring import row_prompts
+from kdlib.cli.measuring import print_unmeasured, row_prompts
 from kdlib.cli.train import Run
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class JacobiRun(Run):
         try:
             found = self._measured(trainer)
         except ValueError as error:  # prompts without room or without answers: no reason to lose what was trained
-            self.log.print(f"tokens per forward are not measured: {error}", markup=False)
+            print_unmeasured(self.log, "tokens per forward are", str(error))
             return ()
         self.directory.write_json("eval/jacobi.json", {name: result.to_json() for name, result in found.items()})
         return jacobi_sections(found)

@@ -46,6 +46,11 @@ def row_prompts(
     return [ids for ids in prompts if len(ids) + max_new_tokens <= context]
 
 
+def print_unmeasured(console: Console, what: str, reason: str) -> None:
+    """Why training ends without its measurement, and where its options are; what was trained is there all the same."""
+    console.print(f"{what} not measured: {reason} (the options are --evaluate.NAME)", markup=False)
+
+
 def loaded(a: LoadingArguments, name: str) -> Any:
     """The model of a path or Hub id, on the device that was asked for, else on the accelerator where there is one."""
     import torch

@@ -13,6 +13,8 @@ from kdlib.cli.planning.rows import longest_rows
 from kdlib.cli.planning.run import plan
 from kdlib.cli.planning.step import traced_step
 from kdlib.cli.planning.text import refusals
+from kdlib.teachers import CachedTeacher, SelfTeacher, leaves
+from kdlib.trainers import DiffusionTrainer, JacobiTrainer
 
 Plan = dict[str, Any]
 
@@ -88,9 +90,16 @@ def _memory(trainer: Any, layout: Layout, *, free: int, engine: str, bits: int |
 def _disk(trainer: Any, found: Plan, *, free: int) -> Plan:
     parts = disk(trainer, steps=found["optimizer_steps"])
     instead = {}
-    if found["scored_tokens_per_epoch"] and not trainer.args.on_policy_fraction and trainer.teacher is not None:
+    if found["scored_tokens_per_epoch"] and _could_be_cached(trainer):
         each = cache_bytes(trainer.vocab_size)
         instead[f"the teacher as a cache (kdlib cache, {each} bytes a token)"] = each * found["scored_tokens_per_epoch"]
     needed = total(parts)
     helps = disk_knobs(trainer, parts) if needed > free else {}
     return {"parts": parts, "instead": instead, "needed": needed, "free": free, "helps": helps}
+
+
+def _could_be_cached(trainer: Any) -> bool:
+    """Whether the teacher reads nothing but rows that are there beforehand, and is not a cache already."""
+    if trainer.teacher is None or trainer.args.on_policy_fraction or isinstance(trainer, JacobiTrainer | DiffusionTrainer):
+        return False
+    return not any(isinstance(member, CachedTeacher | SelfTeacher) for member in leaves(trainer.teacher))
