@@ -106,6 +106,7 @@ class DiffusionRun(Run):
         kind = DiffusionTrainer if isinstance(self.arguments.objective, MaskedELBO) else DiffusionDistillationTrainer
         trainer = kind(self.arguments.model, self.arguments.teacher, **given)
         self._decoder = self._decoder_for(trainer.spec)
+        check_room(self._decoder.gen_length, trainer.model)
         trainer.set_decoder(self._decoder)
         return trainer
 
@@ -162,6 +163,17 @@ class DiffusionRun(Run):
 
     def next_command(self) -> str:
         return f"kdlib evaluate diffusion --model {self.directory.final} --base {self.arguments.model} --tasks TASK"
+
+
+def check_room(gen_length: int, model: Any) -> None:
+    """ValueError for answers that fill the model's context: no prompt would fit, now or when it is served."""
+    from kdlib.decoding.sampling import context_length
+
+    if gen_length >= (context := context_length(model)):
+        raise ValueError(
+            f"decoding.gen_length {gen_length} leaves no room for a prompt in the model's {context:.0f} tokens: lower it "
+            "(--decoding.gen_length)"
+        )
 
 
 def run(words: list[str], *, quiet: bool = False) -> int:

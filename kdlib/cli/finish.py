@@ -18,6 +18,7 @@ from kdlib.cli.run_directory import RunDirectory
 from kdlib.data import preview_rows
 from kdlib.data.draft import first_scored
 from kdlib.decoding.diffusion_decoder import decoder_of
+from kdlib.decoding.sampling import context_length
 from kdlib.diffusion.known import known_spec, spec_of
 from kdlib.drafts.formats import is_head
 from kdlib.eval import evaluate, write_report, write_results
@@ -108,12 +109,15 @@ def _write_samples(directory: RunDirectory, trainer: Any, student: Path) -> None
 
 
 def _completions(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The model's answers to what stands before each row's first scored token."""
+    """The model's answers to what stands before each row's first scored token, where its context has room for one."""
+    diffuses = known_spec(model.config) is not None
+    new = decoder_of(model.config).gen_length if diffuses else SAMPLE_TOKENS
     prompts = [row["input_ids"][: first_scored(row["labels"])] for row in rows]
-    answered = _denoised if known_spec(model.config) is not None else _greedy
+    prompts = [prompt for prompt in prompts if len(prompt) + new <= context_length(model)]
+    answers = (_denoised if diffuses else _greedy)(model, prompts, tokenizer.pad_token_id) if prompts else []
     return [
         {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(answer)}
-        for prompt, answer in zip(prompts, answered(model, prompts, tokenizer.pad_token_id), strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 

@@ -143,3 +143,13 @@ def test_what_does_not_fit_is_one_line(kdlib: Command, words: dict[str, Any], gi
 def test_other_commands_take_no_objective_of_masks(kdlib: Command, options: dict[str, Any]) -> None:
     outcome = kdlib("distill", **{**options, "objective": "MaskedELBO", "teacher": "null"})
     assert outcome.code == 2 and "MaskedELBO" in outcome.err and len(outcome.err.splitlines()) == 1, outcome.err
+
+
+def test_answers_without_room_are_refused_at_the_start_or_left_out_of_samples(kdlib: Command, words: dict[str, Any]) -> None:
+    """In a context of 512 tokens."""
+    done = kdlib("diffusion", **words, **{"decoding.gen_length": 512})
+    assert done.code == 2 and "decoding.gen_length 512 leaves no room for a prompt in the model's 512 tokens" in done.err
+    assert not words["output_dir"].exists()
+    done = kdlib("diffusion", **words, **{"decoding.gen_length": 508})
+    assert done.code == 0, done.err
+    assert (words["output_dir"] / "final" / "model.safetensors").is_file() and completions(words["output_dir"]) == []
