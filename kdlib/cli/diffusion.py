@@ -144,16 +144,13 @@ class DiffusionRun(Run):
     def _measured(self, trainer: DistillationTrainer) -> DiffusionSweep:
         from kdlib.data import prompt_ids
         from kdlib.decoding.sampling import context_length
-        from kdlib.diffusion.known import known_spec
         from kdlib.eval import diffusion
-        from kdlib.models import load_config
 
         options, decoder = self.arguments.evaluate, self._decoder
         context = context_length(trainer.model)
-        was = None if self.args.from_scratch else known_spec(load_config(self.arguments.model))
         return diffusion(
             str(self.directory.path / "final.tmp"),
-            base=None if was is None else self.arguments.model,
+            base=self._base(),
             prompts=row_prompts(trainer, prompt_ids, limit=options.limit, max_new_tokens=decoder.gen_length, context=context),
             gen_length=decoder.gen_length,
             block_length=decoder.block_length,
@@ -161,8 +158,18 @@ class DiffusionRun(Run):
             seed=self.args.seed,
         )
 
+    def _base(self) -> str | None:
+        """The model that training started from, where it decoded as the trained one does."""
+        from kdlib.diffusion.known import known_spec
+        from kdlib.models import load_config
+
+        was = None if self.args.from_scratch else known_spec(load_config(self.arguments.model))
+        return None if was is None else self.arguments.model
+
     def next_command(self) -> str:
-        return f"kdlib evaluate diffusion --model {self.directory.final} --base {self.arguments.model} --tasks TASK"
+        base = self._base()
+        compared = "" if base is None else f" --base {base}"
+        return f"kdlib evaluate diffusion --model {self.directory.final}{compared} --tasks TASK"
 
 
 def check_room(gen_length: int, model: Any) -> None:
