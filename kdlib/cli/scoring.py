@@ -13,7 +13,7 @@ class ScoringArguments:
     Args:
         tasks: lm-eval tasks, names or YAML files; kdlib distill scores final/, and at each evaluation.
         num_fewshot: examples in the prompt.
-        limit: score only this many problems per task, or below 1 this share of them.
+        limit: score only this many problems per task or below 1 this share of them.
         apply_chat_template: render prompts with the chat template.
         gen_kwargs: generation options, {max_gen_toks: 256} or max_gen_toks=256.
         include_path: directory with YAML tasks of your own.

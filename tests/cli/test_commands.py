@@ -180,9 +180,10 @@ def test_evaluate_scores_tasks_text_and_divergence_in_one_table(
 
 
 def test_a_single_row_has_no_interval_and_the_teacher_itself_no_divergence(kdlib: Command, place: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "one.jsonl", [conversation("Two?", "Four.")])
-    outcome = kdlib("evaluate", model=place / "teacher", teacher=place / "teacher", dataset_name=rows, output_path=tmp_path)
-    assert outcome.code == 0, outcome.err
+    rows = write_rows(tmp_path / "one.jsonl", [conversation("Two?", "Four."), conversation("Three?", "Nine.")])
+    models = {"model": place / "teacher", "teacher": place / "teacher"}
+    outcome = kdlib("evaluate", **models, dataset_name=rows, output_path=tmp_path, limit=1)
+    assert outcome.code == 0 and "1 rows" in outcome.out, outcome.err
     assert json.loads((tmp_path / "one.json").read_text())["kl_forward"] == pytest.approx(0.0, abs=1e-6)
 
 

@@ -48,13 +48,10 @@ def problem_scores(asked: Asked, name: str) -> dict[str, Any]:
 
 
 def _rows(asked: Asked) -> Dataset:
-    """The problems; ``limit`` as lm-eval has it: so many, or below 1 this share of them."""
-    s, limit = asked.sampled, asked.scoring.limit
+    """The problems, as many as ``limit`` leaves."""
+    s = asked.sampled
     assert s.problems is not None
-    rows = load_rows(s.problems, split=s.problems_split, config=s.problems_config)
-    if limit is None:
-        return rows
-    return rows.select(range(min(len(rows), int(limit) if limit >= 1 else max(1, int(limit * len(rows))))))
+    return asked.limited(load_rows(s.problems, split=s.problems_split, config=s.problems_config))
 
 
 def _measured(asked: Asked, name: str, rows: Dataset) -> dict[str, Any]:

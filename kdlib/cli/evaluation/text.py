@@ -24,7 +24,7 @@ def text_scores(asked: Asked, name: str) -> dict[str, Any]:
     """
     g, kept = asked.general, asked.kept(name)
     assert g.dataset_name is not None
-    rows = load_rows(g.dataset_name, split=g.dataset_test_split)
+    rows = asked.limited(load_rows(g.dataset_name, split=g.dataset_test_split))
     settings = asked.settings(name) | {"rows": rows_fingerprint(rows), "teacher": g.teacher, "max_length": g.max_length}
     found = kept.get("text", settings)
     return kept.put("text", settings, _measured(asked, name, rows)) if found is None else found
