@@ -18,3 +18,8 @@ def test_hacking_tabulates_three_ways_of_training(tmp_path: Path) -> None:
 def test_audit_tabulates_the_clean_twin_and_poisoned_text(tmp_path: Path) -> None:
     written = quick_page("audit", tmp_path).read_text()
     assert "| 0 | none |" in written and "| 0 | 1.00% |" in written
+
+
+def test_plan_tabulates_what_was_predicted_and_measured(tmp_path: Path) -> None:
+    written = quick_page("plan", tmp_path, runs=False).read_text()
+    assert "| full | " in written and "| dLLM | " in written and "| process |" in written
