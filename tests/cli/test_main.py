@@ -78,7 +78,7 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(kdlib: Command, tmp
     assert (tmp_path / "lora.yaml").read_text() == "mine"
 
 
-OTHER_COMMANDS = ("accelerate/", "slurm/", "generate", "draft", "jacobi", "diffusion", "dllm", "reasoning_run")
+OTHER_COMMANDS = ("accelerate/", "slurm/", "generate", "draft", "jacobi", "diffusion", "dllm", "reasoning_")
 DIFFUSION = [file for name, file in recipes().items() if name.startswith(("diffusion", "dllm"))]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "dllm.yaml"
 
