@@ -14,3 +14,10 @@ def rows_fingerprint(rows: Dataset) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def limited(rows: Dataset, limit: float | None) -> Dataset:
+    """The first rows; ``limit`` as lm-eval has it: so many, or below 1 this share of them."""
+    if limit is None:
+        return rows
+    return rows.select(range(min(len(rows), int(limit) if limit >= 1 else max(1, int(limit * len(rows))))))

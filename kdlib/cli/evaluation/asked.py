@@ -12,8 +12,6 @@ from kdlib.cli.evaluation.sampled import SampledArguments
 from kdlib.cli.scoring import ScoringArguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from kdlib.cli.evaluate import EvaluateArguments
     from kdlib.cli.evaluation.kept import Kept
 
@@ -91,13 +89,6 @@ class Asked:
         from kdlib.serving.client import is_url
 
         return "server" if is_url(self.models[name]) else self.general.backend
-
-    def limited(self, rows: Dataset) -> Dataset:
-        """The first rows; ``limit`` as lm-eval has it: so many, or below 1 this share of them."""
-        limit = self.scoring.limit
-        if limit is None:
-            return rows
-        return rows.select(range(min(len(rows), int(limit) if limit >= 1 else max(1, int(limit * len(rows))))))
 
     def settings(self, name: str) -> dict[str, Any]:
         """Which model, with which weights, is run by what."""

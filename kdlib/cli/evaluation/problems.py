@@ -20,7 +20,7 @@ from kdlib.data.traces import Prompts
 from kdlib.eval.diffusion_point import weights_of
 from kdlib.eval.sampled_defaults import Sampling, sampling_of
 from kdlib.eval.sampled_metrics import as_results, metric_values
-from kdlib.eval.sampled_rows import rows_fingerprint
+from kdlib.eval.sampled_rows import limited, rows_fingerprint
 from kdlib.eval.sampled_thinking import thinking_of
 from kdlib.samplers.config import RolloutConfig
 
@@ -51,7 +51,7 @@ def _rows(asked: Asked) -> Dataset:
     """The problems, as many as ``limit`` leaves."""
     s = asked.sampled
     assert s.problems is not None
-    return asked.limited(load_rows(s.problems, split=s.problems_split, config=s.problems_config))
+    return limited(load_rows(s.problems, split=s.problems_split, config=s.problems_config), asked.scoring.limit)
 
 
 def _measured(asked: Asked, name: str, rows: Dataset) -> dict[str, Any]:

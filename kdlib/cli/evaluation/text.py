@@ -13,7 +13,7 @@ from kdlib.cli.evaluation.asked import Asked
 from kdlib.data import load_rows, prepare_dataset
 from kdlib.eval import bits_per_byte, diffusion_bound, kl_to_teacher
 from kdlib.eval.diffusion_config import is_diffusion
-from kdlib.eval.sampled_rows import rows_fingerprint
+from kdlib.eval.sampled_rows import limited, rows_fingerprint
 from kdlib.models import load_model, load_tokenizer
 from kdlib.tokenizers import explain_difference, same_tokenizer
 
@@ -24,7 +24,7 @@ def text_scores(asked: Asked, name: str) -> dict[str, Any]:
     """
     g, kept = asked.general, asked.kept(name)
     assert g.dataset_name is not None
-    rows = asked.limited(load_rows(g.dataset_name, split=g.dataset_test_split))
+    rows = limited(load_rows(g.dataset_name, split=g.dataset_test_split), asked.scoring.limit)
     settings = asked.settings(name) | {"rows": rows_fingerprint(rows), "teacher": g.teacher, "max_length": g.max_length}
     found = kept.get("text", settings)
     return kept.put("text", settings, _measured(asked, name, rows)) if found is None else found
