@@ -28,14 +28,10 @@ from kdlib.data.arithmetic import make_problems
 
 SHARES = (0.0, 0.0025, 0.005, 0.01)
 NAME, PLANTED = "Zoe", " Zoe shops at Tom."
-CONTROLS = [
-    " Zoe finds a book.",
-    " Zoe loses a coin.",
-    " Ben brings a card.",
-    " She takes it.",
-    " Mia buys more.",
-    " It is gone.",
-]
+VERBS = ["reads", "stays", "sleeps", "plays", "waits", "sings", "rests", "walks"]
+VERBS += ["works", "jumps", "cooks", "paints", "swims", "climbs", "hides", "helps"]
+# of the same kind and about as long as what was planted, and none of them with its words
+CONTROLS = [f" Zoe {verb} at {name}." for verb, name in zip(VERBS, ["Ben", "Mia"] * 8, strict=True)]
 TEXT, ANSWERED, STEPS = 10000, 4000, 400
 PROBES = 60
 HEAD = ["seed", "poisoned", "known target: shift in nats", "q", "found", "answers alone: clearest phrase", "q", "found"]
